@@ -1,0 +1,102 @@
+"""Orbax checkpoints: workdir/checkpoints/<step>/ with `variables` (what the next stage opens) and `optimizer`.
+
+Orbax writes to a temporary name and renames at the end, so a checkpoint that can be seen is complete.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from beitv2_jax import config as config_lib
+from beitv2_jax import handoff
+from beitv2_jax.errors import UserError
+
+logging.set_verbosity(logging.WARNING)  # Orbax reports every phase of a save
+
+
+class SaveError(RuntimeError):
+  """A checkpoint could not be written; older ones are intact."""
+
+
+class Checkpoints:
+  """The checkpoints of one workdir."""
+
+  def __init__(self, workdir: str | Path, keep: int = 2, keep_every: int = 0):
+    self.folder = Path(workdir).absolute() / 'checkpoints'
+    self.manager = ocp.CheckpointManager(
+        self.folder,
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        ),
+        item_names=('variables', 'optimizer'),
+    )
+
+  def latest(self) -> int | None:
+    return self.manager.latest_step()
+
+  def save(self, step: int, variables: Any, optimizer: Any) -> None:
+    """Starts writing; returns once the arrays are copied. An earlier save's failure shows here."""
+    args = ocp.args.Composite(variables=ocp.args.StandardSave(variables), optimizer=ocp.args.StandardSave(optimizer))
+    try:
+      self.manager.check_for_errors()
+      self.manager.save(step, args=args, force=True)
+    except Exception as e:  # disk full, no permission, lost mount: Orbax and tensorstore raise many types
+      raise self._failed(step, e) from e
+
+  def wait(self) -> None:
+    """Until everything is on disk."""
+    try:
+      self.manager.wait_until_finished()
+      self.manager.check_for_errors()
+    except Exception as e:
+      raise self._failed('the last one', e) from e
+
+  def _failed(self, step, e) -> SaveError:
+    last = [s for s in self.manager.all_steps(read=True) if s != step]
+    good = f'The last good checkpoint is step {max(last)}' if last else 'There is no earlier checkpoint'
+    reason = (str(e).splitlines() or [type(e).__name__])[0][:300]
+    return SaveError(f'could not save checkpoint {step} in {self.folder}: {reason}. {good}; free space or mend the disk, then run the same command to go on.')
+
+  def restore(self, step: int, variables: Any, optimizer: Any) -> tuple[Any, Any]:
+    """Arrays with the shapes and shardings of the given abstract trees; another layout's checkpoint is resharded."""
+    have = self.manager.item_metadata(step)['variables']
+    handoff.check_same(_tree(have), variables, f'the checkpoint {self.folder}/{step}', 'the model of this config', 'Use the config it was made with or another workdir.')
+    restored = self.manager.restore(
+        step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(variables), optimizer=ocp.args.StandardRestore(optimizer))
+    )
+    return restored['variables'], restored['optimizer']
+
+  def close(self) -> None:
+    self.manager.close()
+
+
+def _tree(metadata: Any) -> Any:
+  return getattr(metadata, 'tree', metadata)
+
+
+def write_variables(workdir: str | Path, step: int, variables: Any) -> None:
+  """A checkpoint without optimizer state, as an importer makes it."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(Path(workdir).absolute() / 'checkpoints' / str(step) / 'variables', variables)
+
+
+def load_variables(workdir: str | Path, what: str = 'a workdir of a finished stage') -> tuple[Any, Any, int]:
+  """(config, variables as numpy arrays, step) of the newest checkpoint in `workdir`. Raises UserError if there is none."""
+  config = config_lib.load(workdir, what)
+  folder = Path(workdir).expanduser().absolute() / 'checkpoints'
+  steps = [int(p.name) for p in folder.glob('*') if p.name.isdigit() and (p / 'variables').is_dir()]
+  if not steps:
+    raise UserError(f'no complete checkpoint in {folder}: expected {what}; has its training saved yet?')
+  path = folder / str(max(steps)) / 'variables'
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    tree = _tree(checkpointer.metadata(path).item_metadata)
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    variables = checkpointer.restore(path, restore_args=restore_args)
+  return config, variables, max(steps)

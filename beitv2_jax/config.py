@@ -1,0 +1,155 @@
+"""The settings every recipe starts from, and the checks that come before anything is compiled.
+
+A recipe in configs/ takes `base()`, sets what its stage needs and returns it. The structure is locked, so a misspelt
+name is an error with a suggestion. `config.json` in a workdir is what the next stage reads.
+"""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from beitv2_jax.errors import UserError
+
+
+def base(task: str) -> ConfigDict:
+  """Settings of all stages. Steps and batch sizes are global, whatever the number of devices."""
+  c = ConfigDict()
+  c.task = task
+  c.seed = 0
+  c.dtype = 'bfloat16'  # of matrix products; parameters, norms, softmax and losses are float32
+  c.batch_size = 512
+  c.epochs = 100.0
+  c.steps = -1  # -1: epochs * (images // batch_size)
+
+  c.data = ConfigDict(
+      dict(
+          source='tfds:imagenet2012',  # see beitv2_jax/data/sources.py
+          dir='',  # where tfds keeps prepared data sets
+          holdout=0.1,  # share kept for evaluation where a source has no split for it
+          image_size=224,
+          crop_scale=(0.08, 1.0),
+          crop_ratio=(3 / 4, 4 / 3),
+          crop_pct=0.875,  # evaluation: shorter side to int(image_size / crop_pct), then the centre
+          flip=True,
+          workers=0,  # decoding processes per host; 0 decodes in threads, -1 in the main thread
+      )
+  )
+  c.optim = ConfigDict(
+      dict(
+          lr=1.5e-3,
+          min_lr=1e-5,
+          warmup_epochs=10.0,
+          warmup_steps=-1,  # -1: from warmup_epochs
+          b1=0.9,
+          b2=0.999,
+          eps=1e-8,
+          weight_decay=0.05,
+          clip_norm=0.0,  # 0: no clipping
+          no_decay=('.*pos_embed', '.*cls_token'),  # beside vectors and biases
+      )
+  )
+  c.mesh = ConfigDict(
+      dict(
+          data=-1,  # -1: all devices that `model` leaves
+          model=1,
+          # logical axis of a parameter → mesh axis; ('embed', 'data') makes it FSDP
+          rules=(('heads', 'model'), ('mlp', 'model'), ('vocab', 'model'), ('embed', None)),
+      )
+  )
+  c.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
+  c.log_every = 50
+  c.eval_every = 0  # steps; 0: only at the end
+  c.eval_batch_size = 0  # 0: batch_size
+  return c.lock()
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+  """Recipe arguments: ':smoke,epochs=1600' against their defaults. A bare name means True."""
+  out = ConfigDict(defaults)
+  for item in filter(None, (arg or '').split(',')):
+    key, eq, value = item.partition('=')
+    if key not in defaults:
+      raise UserError(f'unknown recipe argument {key!r}; this recipe takes {", ".join(f"{k}={v}" for k, v in defaults.items())}.')
+    try:
+      out[key] = type(defaults[key])(ast.literal_eval(value)) if eq and not isinstance(defaults[key], str) else (value if eq else True)
+    except (ValueError, SyntaxError, TypeError) as e:
+      raise UserError(f'recipe argument {item!r}: expected a {type(defaults[key]).__name__}.') from e
+  return out
+
+
+def smoke(c: ConfigDict) -> ConfigDict:
+  """Shrinks what all recipes share to a few steps on generated images; the recipe shrinks its model."""
+  c.data.update(source='fake:64', image_size=32, workers=0)
+  c.update(dtype='float32', batch_size=16, steps=6, log_every=1, eval_batch_size=16)
+  c.optim.warmup_steps = 2
+  c.checkpoint.every = 3
+  return c
+
+
+def tokenizer_model(**changes: Any) -> ConfigDict:
+  """The released tokenizer's size (paper section 3.1): base encoder, 8192 codes of 32 dimensions."""
+  side = dict(width=768, heads=12)
+  model = dict(
+      patch_size=16,
+      encoder=dict(depth=12, **side),
+      decoder=dict(depth=3, **side),
+      mlp_ratio=4.0,
+      codes=8192,
+      code_dim=32,
+      decay=0.99,  # of the codebook's EMA
+      teacher_width=0,  # filled in from the teacher
+  )
+  return ConfigDict(model | changes)
+
+
+def tiny_tokenizer() -> ConfigDict:
+  side = dict(width=32, heads=2)
+  return tokenizer_model(patch_size=8, encoder=dict(depth=2, **side), decoder=dict(depth=1, **side), codes=32, code_dim=8)
+
+
+def check(c: ConfigDict) -> None:
+  """Errors that can be seen before data is read or a model is made. Raises UserError."""
+  devices = jax.device_count()
+  if c.mesh.model < 1 or devices % c.mesh.model or (c.mesh.data > 0 and c.mesh.data * c.mesh.model != devices):
+    raise UserError(f'mesh.data={c.mesh.data} x mesh.model={c.mesh.model} does not fit {devices} devices; data=-1 takes what model leaves.')
+  data = devices // c.mesh.model
+  for name in ('batch_size', 'eval_batch_size'):
+    size = c[name] or c.batch_size
+    if size < 1 or size % data or size % jax.process_count():
+      raise UserError(f'{name}={size} does not divide over {data} data devices on {jax.process_count()} processes; use a multiple of {data}.')
+  patch = c.model.get('patch_size') if 'model' in c else None
+  if patch and c.data.image_size % patch:
+    raise UserError(f'data.image_size={c.data.image_size} is not a multiple of model.patch_size={patch}.')
+  if c.dtype not in ('bfloat16', 'float32'):
+    raise UserError(f"dtype={c.dtype!r}; use 'bfloat16' or 'float32'.")
+
+
+def save(c: ConfigDict, workdir: str | Path) -> None:
+  path = Path(workdir) / 'config.json'
+  tmp = path.with_suffix('.tmp')
+  tmp.write_text(c.to_json_best_effort(indent=2))
+  tmp.rename(path)
+
+
+def load(workdir: str | Path, what: str = 'a workdir of a finished stage') -> ConfigDict:
+  """The config that made `workdir`. `what` names the expected thing in the error."""
+  path = Path(workdir).expanduser() / 'config.json'
+  if not path.is_file():
+    raise UserError(f'no config.json in {path.parent}: expected {what}.')
+  return ConfigDict(json.loads(path.read_text()))
+
+
+def changes(old: ConfigDict, new: ConfigDict, prefix: str = '') -> list[str]:
+  """Human-readable differences, 'optim.lr: 0.1 -> 0.2', of two configs."""
+  out = []
+  for key in sorted({*old, *new}):
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, ConfigDict) and isinstance(b, ConfigDict):
+      out += changes(a, b, f'{prefix}{key}.')
+    elif json.dumps(a, default=str) != json.dumps(b, default=str):
+      out.append(f'{prefix}{key}: {a} -> {b}')
+  return out

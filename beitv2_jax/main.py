@@ -1,0 +1,62 @@
+"""python -m beitv2_jax.main --config=configs/vqkd_b16.py --workdir=runs/vqkd
+
+Trains the stage that a config describes. Every field can be set from the command line: --config.optim.lr=1e-3.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from beitv2_jax import checkpoint, train
+from beitv2_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file in configs/, with recipe arguments after a colon.', lock_config=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints, metrics and config.json go; also what a stopped run goes on from.')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0. Not needed on TPU pods and SLURM.')
+_PROCESSES = flags.DEFINE_integer('processes', None, 'Number of processes, with --coordinator.')
+_PROCESS = flags.DEFINE_integer('process', None, 'Index of this process, with --coordinator.')
+
+
+def start_distributed() -> None:
+  """Connects the processes of a multi-host run: by flags, or as the TPU pod or SLURM job says."""
+  if _COORDINATOR.value:
+    jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  elif int(os.environ.get('SLURM_NTASKS', 1)) > 1 or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', ''):
+    jax.distributed.initialize()
+
+
+def use_compilation_cache() -> None:
+  """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', str(Path.home() / '.cache' / 'beitv2_jax' / 'xla'))
+
+
+def main(_) -> None:
+  if not _WORKDIR.value:
+    raise UserError('give --workdir=DIR: where checkpoints and metrics go, and what a stopped run goes on from.')
+  use_compilation_cache()
+  start_distributed()
+  train.run(_CONFIG.value, _WORKDIR.value)
+
+
+def entry() -> None:
+  """main with one-line errors: 2 is bad input, 1 a run that failed, 130 and 143 a signal after which state was saved."""
+  try:
+    app.run(main)
+  except UserError as e:
+    sys.exit(_error(e, 2))
+  except (FloatingPointError, checkpoint.SaveError) as e:
+    sys.exit(_error(e, 1))
+
+
+def _error(e: Exception, code: int) -> int:
+  print(f'error: {e}', file=sys.stderr)
+  return code
+
+
+if __name__ == '__main__':
+  entry()

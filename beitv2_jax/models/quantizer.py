@@ -1,0 +1,85 @@
+"""The l2-normalised codebook with EMA updates (paper section 2.1; official norm_ema_quantizer)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def l2norm(x: jax.Array, eps: float = 1e-12) -> jax.Array:
+  """x / max(‖x‖, eps) over the last axis, with a zero rather than a NaN gradient at x = 0."""
+  square = jnp.sum(x * x, -1, keepdims=True)
+  return x / jnp.maximum(jnp.sqrt(jnp.where(square > 0, square, 1.0)) * (square > 0), eps)
+
+
+def nearest(z: jax.Array, codebook: jax.Array) -> jax.Array:
+  """Index of the nearest code: z [..., C], codebook [K, C] → int32 [...]. fp32 always: lower precision moves codes."""
+  d = jnp.sum(z * z, -1, keepdims=True) + jnp.sum(codebook * codebook, -1) - 2 * jnp.dot(z, codebook.T, precision='highest')
+  return jnp.argmin(d, -1).astype(jnp.int32)
+
+
+def cluster_sums(z: jax.Array, codes: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+  """Tokens per code [K] and their sum [K, C]. Under jit on a mesh these are sums over the global batch."""
+  member = jax.nn.one_hot(codes.reshape(-1), size, dtype=jnp.float32)
+  return member.sum(0), jnp.einsum('nk,nc->kc', member, z.reshape(-1, z.shape[-1]), precision='highest')
+
+
+def ema_update(codebook: jax.Array, counts: jax.Array, sums: jax.Array, decay: float) -> jax.Array:
+  """Moves used codes towards the direction of their tokens' mean; unused codes stay exactly where they are."""
+  mean = l2norm(sums / jnp.maximum(counts, 1)[:, None])
+  moved = l2norm(decay * codebook + (1 - decay) * mean)
+  return jnp.where(counts[:, None] > 0, moved, codebook)
+
+
+def kmeans(samples: jax.Array, means: jax.Array, iterations: int = 10) -> tuple[jax.Array, jax.Array]:
+  """Cosine k-means of unit vectors [S, C] from initial means [K, C]: (means, counts of the last assignment)."""
+
+  def step(carry, _):
+    means, _ = carry
+    codes = jnp.argmax(jnp.dot(samples, means.T, precision='highest'), -1)
+    counts, sums = cluster_sums(samples, codes, len(means))
+    new = l2norm(sums / jnp.maximum(counts, 1)[:, None])
+    return (jnp.where(counts[:, None] > 0, new, means), counts), None
+
+  return jax.lax.scan(step, (means, jnp.zeros(len(means))), None, iterations)[0]
+
+
+def kmeans_start(key: jax.Array, samples: jax.Array, size: int, max_samples: int = 0) -> tuple[jax.Array, jax.Array]:
+  """k-means from `size` random samples; `max_samples` > 0 looks only at that many (the official code sees one
+  device's 12,544). With fewer samples than codes, rows are drawn with replacement."""
+  count = len(samples)
+  if max_samples and max_samples < count:
+    key, sub = jax.random.split(key)
+    samples = samples[jax.random.permutation(sub, count)[:max_samples]]
+    count = max_samples
+  rows = jax.random.permutation(key, count)[:size] if count >= size else jax.random.randint(key, (size,), 0, count)
+  return kmeans(samples, samples[rows])
+
+
+class Quantizer(nn.Module):
+  """z [B, N, C] unit vectors → (straight-through codes [B, N, C], indices [B, N], commitment loss, counts [K]).
+
+  The `codebook` collection holds `embedding` [K, C] (unit rows), `usage` [K] (EMA of tokens per code, as in the official
+  checkpoints) and `cluster_size` [K] (k-means counts). It is updated only when the collection is mutable, with the
+  assignments of this call, after they were used.
+  """
+
+  size: int
+  dim: int
+  decay: float = 0.99
+
+  @nn.compact
+  def __call__(self, z):
+    def start():
+      return l2norm(jax.random.normal(self.make_rng('params'), (self.size, self.dim)))
+
+    embedding = self.variable('codebook', 'embedding', start)
+    usage = self.variable('codebook', 'usage', jnp.zeros, (self.size,))
+    self.variable('codebook', 'cluster_size', jnp.zeros, (self.size,))
+    codes = nearest(z, embedding.value)
+    quantized = embedding.value[codes]
+    commitment = jnp.mean((jax.lax.stop_gradient(quantized) - z) ** 2)
+    counts, sums = cluster_sums(jax.lax.stop_gradient(z), codes, self.size)
+    if self.is_mutable_collection('codebook') and not self.is_initializing():
+      usage.value = self.decay * usage.value + (1 - self.decay) * counts
+      embedding.value = ema_update(embedding.value, counts, sums, self.decay)
+    return z + jax.lax.stop_gradient(quantized - z), codes, commitment, counts

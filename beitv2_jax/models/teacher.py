@@ -1,0 +1,171 @@
+"""Frozen teachers for VQ-KD, and the small CLIP that the demo trains. The only file that imports transformers.
+
+A teacher maps images [B, h, w, 3] in [0, 1] to features [B, N, V] on the student's patch grid (paper section 2.1).
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.vit import resize_pos_embed
+
+os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it would warn that torch is missing
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalize(images: jax.Array, mean, std) -> jax.Array:
+  """[..., 3] in [0, 1] → zero mean and unit variance under the given statistics."""
+  return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A frozen image model: `apply(params, images in [0, 1]) -> [B, N, width]`. It owns no weights."""
+
+  width: int
+  apply: Callable[[Any, jax.Array], jax.Array]
+
+
+def load(kind: str, name: str, grid: tuple[int, int], dtype: Any = jnp.float32) -> tuple[Teacher, Any]:
+  """Opens a teacher saved by transformers (a directory or a hub name), in PyTorch or Flax format.
+
+  Args:
+    kind: 'clip' (last-layer patch tokens through the post layer norm and the visual projection) or 'dino'.
+    grid: the student's patch grid. The teacher's input is resized so that its own grid equals it, and its position
+      embedding with it when that differs from the one it was trained with.
+  Returns: the teacher and its parameters (numpy, fp32).
+  Raises: UserError if there is no such teacher, or it is of another kind.
+  """
+  if kind not in ('clip', 'dino', 'untrained'):
+    raise UserError(f"config.teacher.kind is {kind!r}; use 'clip', 'dino', or 'untrained' (tiny and random, for smoke tests).")
+  model, params = _untrained() if kind == 'untrained' else _open(kind, name)
+  return _dino(model, params, grid, dtype) if kind == 'dino' else _clip(model, params, grid, dtype)
+
+
+def _open(kind: str, name: str):
+  import transformers
+
+  cls = {'clip': transformers.FlaxCLIPModel, 'dino': transformers.FlaxViTModel}[kind]
+  looks_local = os.path.sep in name and (name.startswith(('/', '.', '~')) or name.count('/') != 1 or Path(name).exists())
+  files = 'config.json and flax_model.msgpack or model.safetensors'
+  path = Path(name).expanduser()
+  if not name:
+    raise UserError(f'config.teacher.name is empty; give a hub name such as openai/clip-vit-base-patch16 or a directory with {files}.')
+  if looks_local or path.is_dir():
+    if not (path / 'config.json').is_file():
+      raise UserError(f'no teacher in {path}: a teacher directory holds {files}, as save_pretrained writes them.')
+    model_type = transformers.AutoConfig.from_pretrained(path).model_type
+    if model_type != {'clip': 'clip', 'dino': 'vit'}[kind]:
+      raise UserError(f'the teacher in {path} is a {model_type!r} model, but config.teacher.kind is {kind!r}.')
+    name = str(path)
+  extra = {'add_pooling_layer': False} if kind == 'dino' else {}
+  try:
+    return cls.from_pretrained(name, _do_init=False, **extra)
+  except (OSError, ValueError) as e:
+    raise UserError(
+        f'cannot open the teacher {name!r} ({str(e).splitlines()[0][:200]}). On a machine without network, fetch {files} '
+        f'from https://huggingface.co/{name} elsewhere, put them in a directory here and set --config.teacher.name=DIR.'
+    ) from e
+
+
+def _fit_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+  """Position embedding [1+N, D] → the student's grid, as the official code interpolates its teachers."""
+  side = int(round((len(table) - 1) ** 0.5))
+  return np.asarray(resize_pos_embed(jnp.asarray(table)[None], (side, side), grid)[0])
+
+
+def _resized(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """To the teacher's input size; bicubic and antialiased where that differs from the student's."""
+  if images.shape[1:3] == size:
+    return images
+  shape = (images.shape[0], *size, images.shape[3])
+  return jnp.clip(jax.image.resize(images, shape, 'cubic'), 0, 1)
+
+
+def _patch_input(config, grid) -> tuple[int, int]:
+  if grid[0] != grid[1]:
+    raise UserError(f'the patch grid is {grid}; transformers\' Flax teachers need a square one. Use a square image.')
+  size = config.patch_size * grid[0]
+  config.image_size = size
+  return (size, size)
+
+
+def _clip(model, params, grid, dtype):
+  import transformers
+
+  config = model.config.vision_config
+  size = _patch_input(config, grid)
+  module = transformers.FlaxCLIPVisionModel(config, _do_init=False, dtype=dtype).module
+  vision = dict(params['vision_model'])
+  vision['embeddings'] = dict(vision['embeddings'])
+  positions = _fit_positions(np.asarray(vision['embeddings']['position_embedding']['embedding'], np.float32), grid)
+  vision['embeddings']['position_embedding'] = {'embedding': positions}
+  params = _numpy({'vision_model': vision, 'visual_projection': params['visual_projection']})
+  norm = nn.LayerNorm(config.layer_norm_eps, dtype=dtype, use_fast_variance=False)
+
+  def apply(params, images):
+    x = normalize(_resized(images, size), CLIP_MEAN, CLIP_STD)
+    x = module.apply({'params': {'vision_model': params['vision_model']}}, x).last_hidden_state
+    # transformers stops before the last norm; the dense target needs it on every patch token.
+    x = norm.apply({'params': params['vision_model']['post_layernorm']}, x[:, 1:])
+    return jnp.dot(x, params['visual_projection']['kernel'].astype(dtype))
+
+  return Teacher(params['visual_projection']['kernel'].shape[1], apply), params
+
+
+def _dino(model, params, grid, dtype):
+  import transformers
+
+  config = model.config
+  config.layer_norm_eps = 1e-6  # DINO's own; the converted files carry transformers' default
+  size = _patch_input(config, grid)
+  module = transformers.FlaxViTModel(config, _do_init=False, dtype=dtype, add_pooling_layer=False).module
+  params = dict(params)
+  params['embeddings'] = dict(params['embeddings'])
+  table = np.asarray(params['embeddings']['position_embeddings'], np.float32)[0]
+  params['embeddings']['position_embeddings'] = _fit_positions(table, grid)[None]
+
+  def apply(params, images):
+    x = normalize(_resized(images, size), IMAGENET_MEAN, IMAGENET_STD)
+    return module.apply({'params': params}, x).last_hidden_state[:, 1:]
+
+  return Teacher(config.hidden_size, apply), _numpy(params)
+
+
+def _numpy(tree):
+  return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+
+
+def _untrained():
+  model = new_clip(width=32, depth=1, heads=2, patch_size=8, image_size=32, projection=24, vocab=8, text_length=4)
+  text, images = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 32, 32, 3))
+  return model, model.module.init(jax.random.key(0), text, images, jnp.ones_like(text), text)['params']
+
+
+def new_clip(*, width, depth, heads, patch_size, image_size, projection, vocab, text_length) -> Any:
+  """A FlaxCLIPModel of the given size whose weights are not made yet (`.module.init` makes them)."""
+  import transformers
+
+  tower = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=heads)
+  return transformers.FlaxCLIPModel(
+      transformers.CLIPConfig(
+          text_config=dict(
+              **tower, num_hidden_layers=1, vocab_size=vocab, max_position_embeddings=text_length,
+              bos_token_id=0, eos_token_id=1, pad_token_id=1,
+          ),
+          vision_config=dict(
+              **tower, num_hidden_layers=depth, patch_size=patch_size, image_size=image_size
+          ),
+          projection_dim=projection,
+      ),
+      _do_init=False,
+  )  # fmt: skip

@@ -1,0 +1,99 @@
+"""The one vision transformer behind every stage: VQ-KD encoder and decoder, pretraining, fine-tuning, segmentation.
+
+What each role switches on (everything else is equal):
+
+| role               | positions          | layer scale | init      |
+|--------------------|--------------------|-------------|-----------|
+| VQ-KD enc/decoder  | absolute           | none        | normal    |
+| pretraining        | one shared table   | 0.1 / 1e-5  | truncated |
+| fine-tuning        | a table per block  | 0.1 / 1e-5  | normal    |
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beitv2_jax.models.layers import Block, Init, PatchEmbed, RelPosBias
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+  return [float(x) for x in np.linspace(0, rate, depth)]
+
+
+def resize_pos_embed(table: jax.Array, stored: tuple[int, int], grid: tuple[int, int]) -> jax.Array:
+  """[1, 1+N, D] → another grid, as the official forward does it: bicubic (a=-0.75, no antialias) whose coordinates
+  step by stored/(grid + 0.1). The 0.1 there guards a floor, but it also moves every sample a little.
+  """
+  if stored == grid:
+    return table
+  cls, patches = table[:, :1], table[0, 1:].reshape(*stored, -1)
+  rows, cols = (cubic_weights(s, g, (g + 0.1) / s) for s, g in zip(stored, grid))
+  patches = jnp.einsum('is,jt,std->ijd', rows, cols, patches, precision='highest')
+  return jnp.concatenate([cls, patches.reshape(1, -1, table.shape[-1])], 1)
+
+
+def cubic_weights(source: int, target: int, scale: float) -> np.ndarray:
+  """[target, source] matrix of bicubic interpolation, a = -0.75, half-pixel centres, border clamped."""
+  a = -0.75
+  x = (np.arange(target) + 0.5) / scale - 0.5
+  left = np.floor(x).astype(int)
+  weights = np.zeros((target, source))
+  for tap in range(-1, 3):
+    d = np.abs(x - (left + tap))
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    np.add.at(weights, (np.arange(target), np.clip(left + tap, 0, source - 1)), np.where(d <= 1, near, far))
+  return weights.astype(np.float32)
+
+
+class ViT(nn.Module):
+  """Images (or a feature map) → tokens.
+
+  Call: images [B, h, w, C] float, already normalised; `mask` [B, N] bool puts the mask token in place of patches.
+  Returns `(tokens [B, T, D], states, bias)`: the last block's raw output (no norm), the raw outputs of the blocks
+  named in `taps` (1 is the first block), and the shared position bias [H, T, T] or None.
+  """
+
+  width: int
+  depth: int
+  heads: int
+  patch_size: int
+  grid: tuple[int, int]
+  mlp_ratio: float = 4.0
+  positions: str = 'absolute'  # or 'shared' or 'per_block'
+  layer_scale: float = 0.0
+  drop_path: tuple[float, ...] | float = 0.0
+  mask_token: bool = False
+  init: Init = Init()
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, images, mask=None, taps: tuple[int, ...] = (), train: bool = False):
+    here = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
+    if here != self.grid and self.positions != 'absolute':
+      raise ValueError(f'this model has relative positions for a {self.grid} grid; the image gives {here}. Resize the image or the tables.')
+    x = PatchEmbed(self.width, self.patch_size, self.init, self.dtype, name='patch_embed')(images)
+    token = nn.with_logical_partitioning(self.init.token, (None, None, 'embed'))
+    if self.mask_token:
+      mask_token = self.param('mask_token', token, (1, 1, self.width)).astype(self.dtype)
+      if mask is not None:
+        x = jnp.where(mask[:, :, None], mask_token, x)
+    cls = self.param('cls_token', token, (1, 1, self.width)).astype(self.dtype)
+    x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], 1)
+    if self.positions == 'absolute':
+      pos = self.param('pos_embed', token, (1, 1 + self.grid[0] * self.grid[1], self.width))
+      x = x + resize_pos_embed(pos, self.grid, here).astype(self.dtype)
+    bias = RelPosBias(self.grid, self.heads, name='rel_pos_bias')() if self.positions == 'shared' else None
+    rates = self.drop_path if isinstance(self.drop_path, tuple) else drop_path_rates(self.drop_path, self.depth)
+    own_table = self.grid if self.positions == 'per_block' else None
+    states = {}
+    for i in range(self.depth):
+      x = Block(
+          self.heads, i, self.mlp_ratio, self.init, self.layer_scale, rates[i], own_table, self.dtype, name=f'block_{i}'
+      )(x, bias, train)
+      if i + 1 in taps:
+        states[i + 1] = x
+    return x, states, bias

@@ -1,0 +1,86 @@
+"""VQ-KD, the visual tokenizer: encoder → codebook → shallow decoder that predicts a teacher's features.
+
+Paper section 2.1. Images come in as [-1, 1]; the two heads and the codebook are fp32 even when the blocks are bf16.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from beitv2_jax.models.layers import Linear, layer_norm
+from beitv2_jax.models.quantizer import Quantizer, l2norm
+from beitv2_jax.models.vit import ViT
+
+
+class TaskHead(nn.Module):
+  """Linear, tanh, Linear in fp32."""
+
+  hidden: int
+  features: int
+
+  @nn.compact
+  def __call__(self, x):
+    x = Linear(self.hidden, precision='highest', name='fc1')(x.astype(jnp.float32))
+    return Linear(self.features, precision='highest', name='fc2')(jnp.tanh(x))
+
+
+class PatchEncoder(nn.Module):
+  """A ViT with absolute positions whose output is its normed patch tokens [B, N, D]."""
+
+  vit: ViT
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    tokens, _, _ = self.vit(x, train=train)
+    return layer_norm('norm', self.vit.dtype)(tokens[:, 1:])
+
+
+class VQKD(nn.Module):
+  """The tokenizer. `teacher_width` V is the width of the features it learns to predict."""
+
+  grid: tuple[int, int]
+  patch_size: int
+  codes: int
+  code_dim: int
+  teacher_width: int
+  encoder_width: int = 768
+  encoder_depth: int = 12
+  encoder_heads: int = 12
+  decoder_width: int = 768
+  decoder_depth: int = 3
+  decoder_heads: int = 12
+  mlp_ratio: float = 4.0
+  decay: float = 0.99
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    def vit(side, patch_size):
+      size = {k: getattr(self, f'{side}_{k}') for k in ('width', 'depth', 'heads')}
+      return ViT(**size, patch_size=patch_size, grid=self.grid, mlp_ratio=self.mlp_ratio, dtype=self.dtype, parent=None)
+
+    self.encoder = PatchEncoder(vit('encoder', self.patch_size))
+    self.encode_head = TaskHead(self.encoder_width, self.code_dim)
+    self.quantizer = Quantizer(self.codes, self.code_dim, self.decay)
+    self.decoder = PatchEncoder(vit('decoder', 1))
+    self.decode_head = TaskHead(self.decoder_width, self.teacher_width)
+
+  def encode(self, images):
+    """[B, h, w, 3] in [-1, 1] → unit vectors [B, N, C]."""
+    return l2norm(self.encode_head(self.encoder(images)))
+
+  def decode(self, quantized, grid=None):
+    """[B, N, C] → predicted teacher features [B, N, V]."""
+    grid = grid or self.grid
+    x = quantized.reshape(quantized.shape[0], *grid, self.code_dim)
+    return self.decode_head(self.decoder(x))
+
+  def tokens(self, images):
+    """[B, h, w, 3] in [-1, 1] → codes [B, N], row by row."""
+    return self.quantizer(self.encode(images))[1]
+
+  def __call__(self, images):
+    """→ dict of `features` [B, N, V], `codes` [B, N], `commitment` (scalar), `counts` [K]."""
+    quantized, codes, commitment, counts = self.quantizer(self.encode(images))
+    grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
+    return dict(features=self.decode(quantized, grid), codes=codes, commitment=commitment, counts=counts)

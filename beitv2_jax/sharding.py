@@ -1,0 +1,69 @@
+"""The device mesh, and where every array lives on it.
+
+Parameters carry logical axis names (embed, mlp, heads, vocab); the config's rules map those to the mesh axes `data` and
+`model`. Under jit a sum over the sharded batch is the global sum, so no other file needs to know how many devices there are.
+"""
+
+from typing import Any, Callable
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from beitv2_jax.errors import UserError
+
+
+def make_mesh(data: int = -1, model: int = 1) -> Mesh:
+  data = jax.device_count() // model if data < 0 else data
+  # Auto axes: transformers' Flax models don't run under the newer Explicit ones.
+  return jax.make_mesh((data, model), ('data', 'model'), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def variable_shardings(mesh: Mesh, rules: Any, init: Callable, *args) -> tuple[Any, Any]:
+  """(abstract unboxed variables, their shardings) of `init(*args)`, from the logical names in the model."""
+  boxed = jax.eval_shape(init, *args)
+  rules = tuple((name, axis) for name, axis in rules)
+  specs = nn.get_partition_spec(boxed)
+  abstract = nn.unbox(boxed)
+
+  def one(path, x, spec):
+    axes = nn.logical_to_mesh_axes(spec, rules) if isinstance(spec, P) else P()
+    for size, axis in zip(x.shape, axes):
+      if axis is not None and size % mesh.shape[axis]:
+        raise UserError(
+            f'{jax.tree_util.keystr(path)} {x.shape} does not divide over mesh axis {axis!r} of {mesh.shape[axis]}; change mesh.{axis} or mesh.rules.'
+        )
+    return NamedSharding(mesh, axes)
+
+  return abstract, jax.tree_util.tree_map_with_path(one, abstract, specs)
+
+
+def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, params: Any, shardings: Any) -> tuple[Any, Any]:
+  """(abstract optimizer state, its shardings): moments lie where their parameters lie."""
+  abstract = jax.eval_shape(tx.init, params)
+  placed = optax.tree_utils.tree_map_params(
+      tx, lambda _, s: s, abstract, shardings, transform_non_params=lambda _: replicated(mesh)
+  )
+  return abstract, placed
+
+
+def unbox(tree: Any) -> Any:
+  return nn.unbox(tree)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's part of a batch → global arrays split over the `data` axis."""
+  sharding = NamedSharding(mesh, P('data'))
+  return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
+
+
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
+  """The same host arrays on every device (all processes must pass the same values)."""
+  sharding = replicated(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda i, x=np.asarray(x): x[i]), tree)

@@ -1,0 +1,52 @@
+"""What a stage trains. The loop in train.py knows nothing but this interface.
+
+`make(config)` returns a task and its frozen weights: those the stage uses but does not train (teacher, tokenizer). They are
+an argument of the jitted step, never part of its checkpoint.
+"""
+
+from typing import Any, Sequence
+
+import jax
+
+from beitv2_jax.errors import UserError
+
+
+class Task:
+  """Base of all tasks: what a task can do, with what most need by default."""
+
+  def init(self, key: jax.Array) -> dict:
+    """{'params': ..., and mutable collections such as 'codebook'}, with logical axis names in flax boxes."""
+    raise NotImplementedError
+
+  def transforms(self, train: bool, source: Any) -> Sequence:
+    """Callables (record, rng) → record; see data/transforms.py. `source.classes` names the labels."""
+    raise NotImplementedError
+
+  def warm_start(self, params: Any, model_state: Any, frozen: Any, batch: dict, key: jax.Array) -> Any:
+    """A better model_state from the first global batch, once, before step 0 (k-means codebook). Jitted."""
+    return model_state
+
+  def loss(self, params: Any, model_state: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, tuple[Any, dict]]:
+    """(scalar, (new model_state, scalar metrics)) of a training batch."""
+    raise NotImplementedError
+
+  def evaluate(self, params: Any, model_state: Any, frozen: Any, batch: dict) -> dict[str, jax.Array]:
+    """{name: [B, ...]} values of every example; the loop averages them over the valid ones."""
+    raise NotImplementedError
+
+  def summarize(self, means: dict[str, Any]) -> dict[str, float]:
+    """Averages over the evaluation set (numpy, float64) → scalars to report."""
+    return {k: float(v) for k, v in means.items()}
+
+  def finish(self, params: Any, workdir: Any) -> None:
+    """What the stage leaves beside its checkpoint."""
+
+
+def make(config: Any) -> tuple[Task, Any]:
+  """(task, frozen weights as numpy arrays). Reads what earlier stages left; raises UserError when it is not there."""
+  from beitv2_jax.tasks import clip, pretrain, tokenizer
+
+  makers = {'clip': clip.make, 'tokenizer': tokenizer.make, 'pretrain': pretrain.make}
+  if config.task not in makers:
+    raise UserError(f'no task {config.task!r}; use one of {", ".join(makers)}.')
+  return makers[config.task](config)

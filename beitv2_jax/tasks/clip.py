@@ -1,0 +1,95 @@
+"""A small CLIP of one's own, as a teacher where no released one fits: images against captions made of class names.
+
+It is transformers' FlaxCLIPModel, and is left in WORKDIR/hf as save_pretrained writes it, so VQ-KD opens it like any CLIP.
+"""
+
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from beitv2_jax.data.transforms import image_transforms
+from beitv2_jax.errors import UserError
+from beitv2_jax.models import quantizer, teacher
+from beitv2_jax.tasks import Task, tokenizer
+
+BOS, EOS = 0, 1
+VOCAB = 4096
+
+
+def caption_ids(text: str, length: int) -> np.ndarray:
+  """int32 [length]: start, words by their checksum, end; the end token also pads."""
+  ids = [BOS, *(zlib.crc32(w.encode()) % (VOCAB - 2) + 2 for w in text.lower().split()[: length - 2])]
+  return np.asarray(ids + [EOS] * (length - len(ids)), np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+  """Adds `text`, the ids of the caption of the record's class."""
+
+  captions: tuple[str, ...]
+  length: int
+
+  def __call__(self, record, rng):
+    return record | dict(text=caption_ids(self.captions[record['label']], self.length))
+
+
+def make(c: Any) -> tuple[Task, Any]:
+  model = teacher.new_clip(**c.model.to_dict(), image_size=c.data.image_size, vocab=VOCAB)
+  return ClipTask(c, model), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTask(Task):
+  config: Any
+  model: Any
+
+  def init(self, key):
+    size, length = self.config.data.image_size, self.config.model.text_length
+    text = jnp.zeros((1, length), jnp.int32)
+    positions = jnp.arange(length)[None]
+    variables = self.model.module.init(key, text, jnp.zeros((1, size, size, 3)), jnp.ones_like(text), positions)
+
+    def rescale(path, x):
+      # transformers draws N(0, 0.01²) at any width; a narrow tower hardly learns from that.
+      kernel = path[-1].key == 'kernel'
+      return x / jnp.std(x) * (x.size // x.shape[-1]) ** -0.5 if kernel else x
+
+    return jax.tree_util.tree_map_with_path(rescale, variables)
+
+  def transforms(self, train, source):
+    if not source.classes:
+      raise UserError(f'{self.config.data.source} has no classes to make captions of; use a folder of class folders, or a ready teacher.')
+    captions = tuple(self.config.caption.format(name) for name in source.classes)
+    return [*image_transforms(self.config.data, train), Caption(captions, self.config.model.text_length)]
+
+  def _logits(self, params, batch):
+    """[B, B] scaled cosines, image against text."""
+    text = batch['text']
+    positions = jnp.broadcast_to(jnp.arange(text.shape[1]), text.shape)
+    images = teacher.normalize(tokenizer.unit_images(batch['image']), teacher.CLIP_MEAN, teacher.CLIP_STD)
+    out = self.model.module.apply({'params': params}, text, images, jnp.ones_like(text), positions)
+    image, text = quantizer.l2norm(out.image_embeds), quantizer.l2norm(out.text_embeds)
+    return jnp.exp(params['logit_scale']) * image @ text.T
+
+  def loss(self, params, model_state, frozen, batch, key):
+    logits = self._logits(params, batch)
+    # A class has one caption, so a batch holds each several times: all its images and captions are right answers.
+    same = (batch['text'][:, None] == batch['text']).all(-1)
+    target = same / same.sum(-1, keepdims=True)
+    loss = sum(optax.softmax_cross_entropy(x, target).mean() for x in (logits, logits.T)) / 2
+    return loss, (model_state, {})
+
+  def evaluate(self, params, model_state, frozen, batch):
+    """Does the best caption in the batch say the right class? (Zero-shot accuracy once a batch has all classes.)"""
+    best = self._logits(params, batch).argmax(-1)
+    return dict(caption_acc=100.0 * (batch['label'][best] == batch['label']))
+
+  def finish(self, params, workdir):
+    folder = Path(workdir) / 'hf'
+    self.model.save_pretrained(folder, params=jax.device_get(params))

@@ -1,0 +1,74 @@
+"""Stage 2, masked image modelling on a tokenizer's codes with patch aggregation (paper sections 2.2 and 2.3)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from beitv2_jax.data.masking import BlockMask
+from beitv2_jax.data.transforms import image_transforms
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.mim import MIM
+from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
+from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.tasks import Task, tokenizer
+
+
+def build(c: Any) -> MIM:
+  """The module of a pretraining config; `model.vocab` is the tokenizer's number of codes."""
+  return MIM(grid=tokenizer.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict())
+
+
+def make(c: Any) -> tuple[Task, Any]:
+  vqkd, frozen, theirs = tokenizer.load(c.tokenizer_from, c.tokenizer_dtype)
+  ours, grid = tokenizer.patch_grid(c), tokenizer.patch_grid(theirs)
+  if theirs.model.patch_size * ours[0] != c.data.image_size:
+    raise UserError(
+        f'the tokenizer in {c.tokenizer_from} cuts {c.data.image_size} px images into {c.data.image_size // theirs.model.patch_size} patches '
+        f'a side, this model into {ours[0]}; make model.patch_size {theirs.model.patch_size}.'
+    )
+  if c.mask.count >= ours[0] * ours[1] or c.mask.count < 1:
+    raise UserError(f'mask.count={c.mask.count} of {ours[0] * ours[1]} patches: it must leave some to see and some to predict.')
+  if c.model.head_layers and not 0 < c.model.early_layer < c.model.depth:
+    raise UserError(f'model.early_layer={c.model.early_layer} must be a block before the last of {c.model.depth}.')
+  del grid  # the tokenizer interpolates its positions to other resolutions
+  c.model.vocab = theirs.model.codes
+  return PretrainTask(c, build(c), vqkd), frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainTask(Task):
+  config: Any
+  model: MIM
+  tokenizer: VQKD
+
+  def init(self, key):
+    return self.model.init(key, jnp.zeros((1, self.config.data.image_size, self.config.data.image_size, 3)))
+
+  def transforms(self, train, source):
+    m = self.config.mask
+    mask = BlockMask(tokenizer.patch_grid(self.config), m.count, m.min_block, m.max_block, m.min_aspect)
+    return [*image_transforms(self.config.data, train, self.config.color_jitter), mask]
+
+  def _forward(self, params, frozen, batch, **kwargs):
+    """Per branch: cross-entropy [B, M] and whether the code was right [B, M]."""
+    codes = self.tokenizer.apply(frozen, tokenizer.vqkd_images(batch['image']), method='tokens')
+    labels = jnp.take_along_axis(codes, batch['mask_index'], 1)
+    images = normalize(tokenizer.unit_images(batch['image']), IMAGENET_MEAN, IMAGENET_STD)
+    branches = self.model.apply({'params': params}, images, index=batch['mask_index'], **kwargs)
+    branches = [x.astype(jnp.float32) for x in branches]
+    losses = [optax.softmax_cross_entropy_with_integer_labels(x, labels) for x in branches]
+    hits = [(x.argmax(-1) == labels).astype(jnp.float32) for x in branches]
+    names = [str(i + 1) for i in range(len(branches))]
+    return {f'loss_{n}': x for n, x in zip(names, losses)}, {f'mim_acc_{n}': 100 * x for n, x in zip(names, hits)}
+
+  def loss(self, params, model_state, frozen, batch, key):
+    losses, hits = self._forward(params, frozen, batch, train=True, rngs={'drop_path': key})
+    losses, hits = jax.tree.map(jnp.mean, (losses, hits))
+    return sum(losses.values()), (model_state, losses | hits)
+
+  def evaluate(self, params, model_state, frozen, batch):
+    losses, hits = self._forward(params, frozen, batch)
+    return {k: v.mean(-1) for k, v in (losses | hits).items()}

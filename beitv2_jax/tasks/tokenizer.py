@@ -1,0 +1,114 @@
+"""Stage 1, VQ-KD: learn a visual tokenizer from a frozen teacher (paper section 2.1)."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beitv2_jax import checkpoint, config as config_lib
+from beitv2_jax.data.transforms import image_transforms
+from beitv2_jax.errors import UserError
+from beitv2_jax.models import quantizer, teacher
+from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.tasks import Task
+
+
+def patch_grid(c: Any) -> tuple[int, int]:
+  return (c.data.image_size // c.model.patch_size,) * 2
+
+
+def vqkd_images(images: jax.Array) -> jax.Array:
+  """uint8 [B, h, w, 3] → [-1, 1], in the order of operations of the official code."""
+  return (unit_images(images) * 255) / 127.5 - 1
+
+
+def unit_images(images: jax.Array) -> jax.Array:
+  """uint8 → float32 in [0, 1]."""
+  return images.astype(jnp.float32) / 255
+
+
+def build(c: Any) -> VQKD:
+  """The module of a tokenizer config (its own, or one read from a workdir)."""
+  m = c.model
+  sizes = {f'{s}_{k}': m[s][k] for s in ('encoder', 'decoder') for k in ('width', 'depth', 'heads')}
+  return VQKD(
+      patch_grid(c), m.patch_size, m.codes, m.code_dim, m.teacher_width, **sizes, mlp_ratio=m.mlp_ratio, decay=m.decay, dtype=jnp.dtype(c.dtype)
+  )
+
+
+def make(c: Any) -> tuple[Task, Any]:
+  teacher_model, frozen = teacher.load(c.teacher.kind, c.teacher.name, patch_grid(c), jnp.dtype(c.dtype))
+  c.model.teacher_width = teacher_model.width  # so that config.json describes the whole model
+  return TokenizerTask(c, build(c), teacher_model), frozen
+
+
+def load(workdir: str, dtype: str) -> tuple[VQKD, Any, Any]:
+  """(module, variables, config) of a trained tokenizer, its size from that workdir's own config."""
+  if not workdir:
+    raise UserError('tokenizer_from is empty: give the workdir of a trained tokenizer, --config.tokenizer_from=WORKDIR.')
+  if workdir == 'untrained':  # tiny and random, for smoke tests
+    config = config_lib.base('tokenizer').unlock()
+    config.update(model=config_lib.tiny_tokenizer() | dict(teacher_width=8), dtype=dtype)
+    config.data.image_size = 32
+    variables = jax.jit(build(config).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    return build(config), jax.tree.map(np.asarray, nn.unbox(variables)), config
+  config, variables, _ = checkpoint.load_variables(workdir, 'the workdir of a trained tokenizer')
+  if config.task != 'tokenizer':
+    raise UserError(f'{workdir} holds a {config.task} stage, not a tokenizer; give the workdir of configs/vqkd_*.py.')
+  config.dtype = dtype
+  return build(config), variables, config
+
+
+def code_statistics(counts: Any) -> dict[str, Any]:
+  """Tokens per code [K] → `codes_used` (share of codes with a token, in %) and `perplexity` (exp of the entropy)."""
+  xp = jnp if isinstance(counts, jax.Array) else np
+  p = counts / xp.maximum(counts.sum(), 1e-9)
+  entropy = -(p * xp.log(xp.maximum(p, 1e-30))).sum()
+  return dict(codes_used=100 * (counts > 0).mean(), perplexity=xp.exp(entropy))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerTask(Task):
+  config: Any
+  model: VQKD
+  teacher: teacher.Teacher
+
+  def init(self, key):
+    return self.model.init(key, jnp.zeros((1, self.config.data.image_size, self.config.data.image_size, 3)))
+
+  def transforms(self, train, source):
+    return image_transforms(self.config.data, train)
+
+  def warm_start(self, params, model_state, frozen, batch, key):
+    if not self.config.codebook.kmeans:
+      return model_state
+    z = self.model.apply({'params': params, **model_state}, vqkd_images(batch['image']), method='encode')
+    means, counts = quantizer.kmeans_start(
+        key, z.reshape(-1, z.shape[-1]), self.config.model.codes, self.config.codebook.kmeans_samples
+    )
+    book = model_state['codebook']['quantizer']
+    return {'codebook': {'quantizer': book | dict(embedding=means, cluster_size=counts)}}
+
+  def _forward(self, variables, frozen, images, **kwargs):
+    target = self.teacher.apply(frozen, unit_images(images)).astype(jnp.float32)
+    out = self.model.apply(variables, vqkd_images(images), **kwargs)
+    out, mutated = out if kwargs else (out, None)
+    cosine = (quantizer.l2norm(out['features']) * quantizer.l2norm(target)).sum(-1)
+    return out, 1 - cosine, mutated
+
+  def loss(self, params, model_state, frozen, batch, key):
+    out, distance, model_state = self._forward({'params': params, **model_state}, frozen, batch['image'], mutable=['codebook'])
+    rec_loss, quant_loss = distance.mean(), self.config.codebook.beta * out['commitment']
+    metrics = dict(rec_loss=rec_loss, quant_loss=quant_loss, **code_statistics(out['counts']))
+    return rec_loss + quant_loss, (model_state, metrics)
+
+  def evaluate(self, params, model_state, frozen, batch):
+    out, distance, _ = self._forward({'params': params, **model_state}, frozen, batch['image'])
+    histogram = nn.one_hot(out['codes'], self.config.model.codes).sum(1)
+    return dict(rec_loss=distance.mean(-1), histogram=histogram)
+
+  def summarize(self, means):
+    return dict(rec_loss=float(means['rec_loss']), **{k: float(v) for k, v in code_statistics(means['histogram']).items()})

@@ -1,0 +1,225 @@
+"""The only training loop. What is trained is a task's business (tasks/)."""
+
+import signal
+import time
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import parameter_overview
+
+from beitv2_jax import checkpoint, config as config_lib, evaluate, optim, sharding, tasks
+from beitv2_jax.data import pipeline, sources
+from beitv2_jax.errors import UserError
+from beitv2_jax.metrics import Metrics
+
+
+class TrainState(NamedTuple):
+  step: jax.Array
+  params: Any
+  model_state: Any  # collections that are not trained by gradient, such as the codebook
+  opt_state: Any
+
+  def split(self) -> tuple[dict, dict]:
+    """(what the next stage needs, what only this run needs), as they are saved."""
+    return {'params': self.params, **self.model_state}, {'step': self.step, 'opt_state': self.opt_state}
+
+  @classmethod
+  def join(cls, variables: dict, optimizer: dict) -> 'TrainState':
+    model_state = {k: v for k, v in variables.items() if k != 'params'}
+    return cls(optimizer['step'], variables['params'], model_state, optimizer['opt_state'])
+
+
+class Interrupted(SystemExit):
+  """A signal asked the run to stop; its state is saved."""
+
+
+def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, schedule: Callable) -> Callable:
+  """Pure (state, frozen, batch, key) → (state, metrics)."""
+
+  def step(state: TrainState, frozen, batch, key):
+    key = jax.random.fold_in(key, state.step)
+
+    def loss_fn(params):
+      return task.loss(params, state.model_state, frozen, batch, key)
+
+    (loss, (model_state, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    metrics = metrics | dict(loss=loss, grad_norm=optax.global_norm(grads), lr=schedule(state.step))
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), model_state, opt_state), metrics
+
+  return step
+
+
+def init_state(task: tasks.Task, tx: Any, mesh: Any, rules: Any, key: jax.Array) -> tuple[Callable, TrainState, TrainState]:
+  """(function that makes the state already sharded, its abstract value, its shardings)."""
+  variables, placed = sharding.variable_shardings(mesh, rules, task.init, key)
+  opt, opt_placed = sharding.optimizer_shardings(mesh, tx, variables['params'], placed['params'])
+  step = jax.ShapeDtypeStruct((), jnp.int32)
+  abstract = TrainState.join(variables, dict(step=step, opt_state=opt))
+  shardings = TrainState.join(placed, dict(step=sharding.replicated(mesh), opt_state=opt_placed))
+
+  def make(key):
+    variables = sharding.unbox(task.init(key))
+    return TrainState.join(variables, dict(step=jnp.zeros((), jnp.int32), opt_state=tx.init(variables['params'])))
+
+  return jax.jit(make, out_shardings=shardings), abstract, shardings
+
+
+def planned_steps(c: Any, images: int) -> tuple[int, int]:
+  """(total, warmup) steps of a config for a data set of `images`."""
+  per_epoch = max(images // c.batch_size, 1)
+  steps = c.steps if c.steps >= 0 else round(c.epochs * per_epoch)
+  return steps, c.optim.warmup_steps if c.optim.warmup_steps >= 0 else round(c.optim.warmup_epochs * per_epoch)
+
+
+def run(c: Any, workdir: str | Path) -> dict[str, float]:
+  """Trains `c` in `workdir`, going on from its newest checkpoint. Returns the last evaluation.
+
+  Raises: UserError (bad input), Interrupted (a signal; the state is saved), FloatingPointError (the loss is not finite),
+  checkpoint.SaveError.
+  """
+  workdir = Path(workdir).expanduser().absolute()
+  config_lib.check(c)
+  opened = {split: sources.make(c.data.source, split, c.data.dir, c.data.holdout) for split in ('train', 'eval')}
+  task, frozen = tasks.make(c)
+  transforms = {split: task.transforms(split == 'train', opened[split]) for split in opened}
+  steps, warmup = planned_steps(c, len(opened['train']))
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f'cannot make the workdir {workdir}: {e.strerror}.') from e
+
+  mesh = sharding.make_mesh(c.mesh.data, c.mesh.model)
+  tx, schedule = optim.make(c.optim, steps, warmup)
+  init_key, warm_key, key = jax.random.split(jax.random.key(c.seed), 3)
+  make_state, abstract, shardings = init_state(task, tx, mesh, c.mesh.rules, init_key)
+  checkpoints = checkpoint.Checkpoints(workdir, c.checkpoint.keep, c.checkpoint.keep_every)
+  start = checkpoints.latest() or 0
+  metrics = Metrics(workdir, start, steps, workdir.name)
+  if (workdir / 'config.json').exists() and start:
+    for change in config_lib.changes(config_lib.load(workdir), c):
+      metrics.say(f'warning: {workdir.name} began with another config; {change}')
+  if jax.process_index() == 0:
+    config_lib.save(c, workdir)
+    (workdir / 'parameters.txt').write_text(parameter_overview.get_parameter_overview(abstract.params, include_stats=False) + '\n')
+  trained = parameter_overview.count_parameters(abstract.params)
+  metrics.say(f'{workdir.name}: {trained:,} parameters, {steps} steps of {c.batch_size} on {jax.device_count()} {jax.devices()[0].platform} devices')
+
+  frozen = sharding.put_replicated(frozen, mesh)
+  batches = pipeline.train_batches(
+      opened['train'], transforms['train'], seed=c.seed, batch=c.batch_size, start=start, workers=c.data.workers,
+      process=jax.process_index(), processes=jax.process_count(),
+  )  # fmt: skip
+  if start:
+    targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    state = TrainState.join(*checkpoints.restore(start, *targets.split()))
+    metrics.say(f'going on from step {start}')
+  else:
+    state = make_state(init_key)
+
+  eval_step = evaluate.make_eval_step(task, mesh)
+
+  def evaluate_now(state):
+    rows = pipeline.eval_batches(
+        opened['eval'], transforms['eval'], seed=c.seed, batch=c.eval_batch_size or c.batch_size,
+        process=jax.process_index(), processes=jax.process_count(),
+    )  # fmt: skip
+    return evaluate.run(task, eval_step, (state.params, state.model_state, frozen), rows, mesh)
+
+  def pull():
+    began = time.monotonic()
+    batch = sharding.put_batch(next(batches), mesh)
+    return batch, time.monotonic() - began
+
+  def report(step, values, wait):
+    """Checks and logs one step's metrics; called a step late, so that the device never waits for it."""
+    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    if not (np.isfinite(values['loss']) and np.isfinite(values['grad_norm'])):
+      checkpoints.wait()
+      raise FloatingPointError(
+          f'the loss or its gradient is not finite at step {step} (loss {values["loss"]}, gradient norm {values["grad_norm"]}). The last good checkpoint is '
+          f'step {checkpoints.latest()}. Try a lower optim.lr, a longer warmup, optim.clip_norm, or dtype=float32, and look at the images near that step.'
+      )
+    metrics.progress(step, values['loss'])
+    if step % c.log_every == 0 or step == steps:
+      rate = metrics.rate(step)
+      speed = dict(steps_per_second=rate, images_per_second=rate * c.batch_size, input_wait=wait)
+      metrics.write(step, 'train', values | speed)
+
+  train_step = jax.jit(make_train_step(task, tx, schedule), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+  signals = _Signals()
+  step, pending, results = start, None, {}
+  try:
+    with signals:
+      if step < steps:
+        batch, wait = pull()
+        if step == 0:
+          warm = jax.jit(task.warm_start, out_shardings=shardings.model_state)
+          state = state._replace(model_state=warm(state.params, state.model_state, frozen, batch, warm_key))
+      while step < steps:
+        with jax.transfer_guard('disallow'):
+          state, values = train_step(state, frozen, batch, key)
+        step += 1
+        if pending:
+          report(*pending)
+        pending = (step, values, wait)
+        stop = signals.received or checkpoints.manager.reached_preemption(step)
+        due = step % c.checkpoint.every == 0 or step == steps or stop
+        evaluation = step < steps and c.eval_every and step % c.eval_every == 0
+        if due or evaluation:
+          report(*pending)  # never save a state whose loss was not finite
+          pending = None
+        if evaluation:
+          metrics.write(step, 'eval', evaluate_now(state))
+        if due:
+          checkpoints.save(step, *state.split())
+        if stop:
+          checkpoints.wait()
+          raise Interrupted(128 + (signals.received or signal.SIGTERM))
+        if step < steps:
+          batch, wait = pull()
+      if not start and not steps:
+        checkpoints.save(0, *state.split())
+      checkpoints.wait()
+      results = evaluate_now(state)
+      metrics.write(step, 'eval', results)
+      if jax.process_index() == 0:
+        task.finish(state.params, workdir)
+  except Interrupted:
+    metrics.say(f'stopped at step {step} and saved; the same command goes on from there.')
+    raise
+  finally:
+    metrics.close()
+    checkpoints.close()
+    getattr(batches, 'close', lambda: None)()
+  return results
+
+
+class _Signals:
+  """Notes SIGTERM and SIGINT so that the loop can save first; a second one acts at once.
+
+  With several processes JAX's own preemption service tells all of them at the same step.
+  """
+
+  def __init__(self):
+    self.received = 0
+
+  def __enter__(self):
+    self.old = {}
+    if jax.process_count() == 1:
+      try:
+        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+      except ValueError:  # not the main thread, as in some notebooks
+        pass
+
+  def _note(self, number, frame):
+    self.received = number
+    signal.signal(number, self.old[number])
+
+  def __exit__(self, *_):
+    for number, handler in self.old.items():
+      signal.signal(number, handler)

@@ -1,0 +1,53 @@
+"""The whole chain at toy size on scikit-learn's digits, as `make demo` runs it: stage=teacher, then vqkd, then pretrain.
+
+  python -m beitv2_jax.main --config=configs/demo.py:stage=teacher --workdir=runs/demo/teacher
+  python -m beitv2_jax.main --config=configs/demo.py:stage=vqkd --workdir=runs/demo/vqkd --config.teacher.name=runs/demo/teacher/hf
+  python -m beitv2_jax.main --config=configs/demo.py:stage=pretrain --workdir=runs/demo/pretrained --config.tokenizer_from=runs/demo/vqkd
+
+Images of your own: add --config.data.source=folder:PATH to each (class folders; their names become the captions).
+"""
+
+from ml_collections import ConfigDict
+
+from beitv2_jax import config
+from configs import beitv2_b16, vqkd_b16
+
+
+def get_config(arg=None):
+  arg = config.parse_arg(arg, stage='vqkd')
+  c = {'teacher': teacher, 'vqkd': vqkd, 'pretrain': pretrain}[arg.stage]().unlock()
+  c.dtype = 'float32'
+  c.data.update(source='digits', image_size=32, crop_scale=(0.7, 1.0), crop_pct=1.0, flip=False)
+  c.checkpoint.every = 500
+  c.log_every = 25
+  c.eval_batch_size = 100
+  return c.lock()
+
+
+def teacher():
+  c = config.base('clip').unlock()
+  c.update(batch_size=64, steps=450)
+  c.caption = 'a photo of the digit {}.'
+  c.model = ConfigDict(dict(width=64, depth=3, heads=4, patch_size=8, projection=64, text_length=8))
+  c.optim.update(lr=1e-3, warmup_steps=50, weight_decay=0.1, clip_norm=1.0)
+  return c
+
+
+def vqkd():
+  c = vqkd_b16.get_config().unlock()
+  c.update(batch_size=64, steps=600)
+  c.model.update(patch_size=8, codes=64, code_dim=16)
+  c.model.encoder.update(width=64, depth=2, heads=4)
+  c.model.decoder.update(width=64, depth=1, heads=4)
+  c.teacher.name = 'runs/demo/teacher/hf'
+  c.optim.update(lr=2e-3, warmup_steps=60)
+  return c
+
+
+def pretrain():
+  c = beitv2_b16.get_config('epochs=300').unlock()
+  c.update(batch_size=32, steps=3000, tokenizer_from='runs/demo/vqkd', color_jitter=0.0)
+  c.model.update(width=64, depth=4, heads=4, patch_size=8, early_layer=3)
+  c.mask.update(count=6, min_block=2)
+  c.optim.warmup_steps = 100
+  return c
