@@ -35,7 +35,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         ),
-        item_names=('variables', 'optimizer'),
+        item_handlers={k: ocp.StandardCheckpointHandler() for k in ('variables', 'optimizer')},
     )
 
   def latest(self) -> int | None:
@@ -66,8 +66,7 @@ class Checkpoints:
 
   def restore(self, step: int, variables: Any, optimizer: Any) -> tuple[Any, Any]:
     """Arrays with the shapes and shardings of the given abstract trees; another layout's checkpoint is resharded."""
-    have = self.manager.item_metadata(step)['variables']
-    handoff.check_same(_tree(have), variables, f'the checkpoint {self.folder}/{step}', 'the model of this config', 'Use the config it was made with or another workdir.')
+    handoff.check_same(_shapes(self.folder / str(step) / 'variables'), variables, f'the checkpoint {self.folder}/{step}', 'the model of this config', 'Use the config it was made with or another workdir.')
     restored = self.manager.restore(
         step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(variables), optimizer=ocp.args.StandardRestore(optimizer))
     )
@@ -77,8 +76,15 @@ class Checkpoints:
     self.manager.close()
 
 
-def _tree(metadata: Any) -> Any:
-  return getattr(metadata, 'tree', metadata)
+def _shapes(folder: Path) -> Any:
+  """The tree of a saved item, with array metadata for leaves."""
+  level = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)  # Orbax looks for metadata of a whole checkpoint here, and warns
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      return checkpointer.metadata(folder).item_metadata.tree
+  finally:
+    logging.set_verbosity(level)
 
 
 def write_variables(workdir: str | Path, step: int, variables: Any) -> None:
@@ -95,8 +101,7 @@ def load_variables(workdir: str | Path, what: str = 'a workdir of a finished sta
   if not steps:
     raise UserError(f'no complete checkpoint in {folder}: expected {what}; has its training saved yet?')
   path = folder / str(max(steps)) / 'variables'
+  restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _shapes(path))
   with ocp.PyTreeCheckpointer() as checkpointer:
-    tree = _tree(checkpointer.metadata(path).item_metadata)
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     variables = checkpointer.restore(path, restore_args=restore_args)
   return config, variables, max(steps)

@@ -101,6 +101,7 @@ def tokenizer_model(**changes: Any) -> ConfigDict:
       codes=8192,
       code_dim=32,
       decay=0.99,  # of the codebook's EMA
+      init_scheme='normal',
       teacher_width=0,  # filled in from the teacher
   )
   return ConfigDict(model | changes)
@@ -113,10 +114,10 @@ def tiny_tokenizer() -> ConfigDict:
 
 def check(c: ConfigDict) -> None:
   """Errors that can be seen before data is read or a model is made. Raises UserError."""
-  devices = jax.device_count()
-  if c.mesh.model < 1 or devices % c.mesh.model or (c.mesh.data > 0 and c.mesh.data * c.mesh.model != devices):
-    raise UserError(f'mesh.data={c.mesh.data} x mesh.model={c.mesh.model} does not fit {devices} devices; data=-1 takes what model leaves.')
-  data = devices // c.mesh.model
+  devices, model = jax.device_count(), c.mesh.model
+  if model < 1 or devices % model or (c.mesh.data > 0 and not _fits(c.mesh.data * model, devices)):
+    raise UserError(f'mesh.data={c.mesh.data} x mesh.model={model} does not fit {devices} devices; data=-1 takes what model leaves.')
+  data = c.mesh.data if c.mesh.data > 0 else devices // model
   for name in ('batch_size', 'eval_batch_size'):
     size = c[name] or c.batch_size
     if size < 1 or size % data or size % jax.process_count():
@@ -126,6 +127,11 @@ def check(c: ConfigDict) -> None:
     raise UserError(f'data.image_size={c.data.image_size} is not a multiple of model.patch_size={patch}.')
   if c.dtype not in ('bfloat16', 'float32'):
     raise UserError(f"dtype={c.dtype!r}; use 'bfloat16' or 'float32'.")
+
+
+def _fits(wanted: int, devices: int) -> bool:
+  """All devices, or the first few of a single process."""
+  return wanted == devices or (wanted < devices and jax.process_count() == 1)
 
 
 def save(c: ConfigDict, workdir: str | Path) -> None:

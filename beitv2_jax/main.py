@@ -4,6 +4,7 @@ Trains the stage that a config describes. Every field can be set from the comman
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -35,7 +36,26 @@ def use_compilation_cache() -> None:
     jax.config.update('jax_compilation_cache_dir', str(Path.home() / '.cache' / 'beitv2_jax' / 'xla'))
 
 
+def parse(argv: list[str]) -> list[str]:
+  """absl's parser with one-line errors: config files and recipe arguments fail in many ways."""
+  for arg in argv:
+    path = arg.removeprefix('--config=').split(':')[0]
+    if path != arg.split(':')[0] and not Path(path).is_file():
+      raise UserError(f'no config file {path}; recipes are in configs/, as configs/vqkd_b16.py.')
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+    named = re.search(r'UserError: (.*)', str(e))  # raised in a recipe, wrapped by absl
+    if named:
+      raise UserError(named[1]) from e
+    key = str(e).strip('"\'')
+    guilty = next((a for a in argv if isinstance(e, (AttributeError, KeyError)) and key in a), None)
+    raise UserError(f'unknown config key in {guilty}; the keys are in beitv2_jax/config.py and the recipe.' if guilty else str(e).splitlines()[0]) from e
+
+
 def main(_) -> None:
+  if _CONFIG.value is None:
+    raise UserError('give --config=FILE, such as --config=configs/vqkd_b16.py; recipes are in configs/.')
   if not _WORKDIR.value:
     raise UserError('give --workdir=DIR: where checkpoints and metrics go, and what a stopped run goes on from.')
   use_compilation_cache()
@@ -46,7 +66,7 @@ def main(_) -> None:
 def entry() -> None:
   """main with one-line errors: 2 is bad input, 1 a run that failed, 130 and 143 a signal after which state was saved."""
   try:
-    app.run(main)
+    app.run(main, flags_parser=parse)
   except UserError as e:
     sys.exit(_error(e, 2))
   except (FloatingPointError, checkpoint.SaveError) as e:

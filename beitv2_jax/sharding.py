@@ -18,7 +18,8 @@ from beitv2_jax.errors import UserError
 def make_mesh(data: int = -1, model: int = 1) -> Mesh:
   data = jax.device_count() // model if data < 0 else data
   # Auto axes: transformers' Flax models don't run under the newer Explicit ones.
-  return jax.make_mesh((data, model), ('data', 'model'), axis_types=(AxisType.Auto, AxisType.Auto))
+  devices = jax.devices()[: data * model]
+  return jax.make_mesh((data, model), ('data', 'model'), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -99,28 +99,28 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   make_state, abstract, shardings = init_state(task, tx, mesh, c.mesh.rules, init_key)
   checkpoints = checkpoint.Checkpoints(workdir, c.checkpoint.keep, c.checkpoint.keep_every)
   start = checkpoints.latest() or 0
+  if start:
+    targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    state = TrainState.join(*checkpoints.restore(start, *targets.split()))
+    changed = config_lib.changes(config_lib.load(workdir), c)
+  else:
+    state, changed = make_state(init_key), []
   metrics = Metrics(workdir, start, steps, workdir.name)
-  if (workdir / 'config.json').exists() and start:
-    for change in config_lib.changes(config_lib.load(workdir), c):
-      metrics.say(f'warning: {workdir.name} began with another config; {change}')
   if jax.process_index() == 0:
     config_lib.save(c, workdir)
     (workdir / 'parameters.txt').write_text(parameter_overview.get_parameter_overview(abstract.params, include_stats=False) + '\n')
-  trained = parameter_overview.count_parameters(abstract.params)
-  metrics.say(f'{workdir.name}: {trained:,} parameters, {steps} steps of {c.batch_size} on {jax.device_count()} {jax.devices()[0].platform} devices')
+  count = int(parameter_overview.count_parameters(abstract.params))
+  metrics.say(f'{workdir.name}: {count:,} parameters, {steps} steps of {c.batch_size} on {mesh.size} {jax.devices()[0].platform} devices')
+  if start:
+    metrics.say(f'going on from step {start}')
+  for change in changed:
+    metrics.say(f'warning: the run began with another config; {change}')
 
   frozen = sharding.put_replicated(frozen, mesh)
   batches = pipeline.train_batches(
       opened['train'], transforms['train'], seed=c.seed, batch=c.batch_size, start=start, workers=c.data.workers,
       process=jax.process_index(), processes=jax.process_count(),
   )  # fmt: skip
-  if start:
-    targets = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    state = TrainState.join(*checkpoints.restore(start, *targets.split()))
-    metrics.say(f'going on from step {start}')
-  else:
-    state = make_state(init_key)
-
   eval_step = evaluate.make_eval_step(task, mesh)
 
   def evaluate_now(state):

@@ -33,6 +33,7 @@ def get_config(arg=None):
           early_layer=9,  # patch aggregation reads the patches after this block
           head_layers=2,  # 0: no patch aggregation
           shared_head=True,
+          init_scheme='truncated',
           aggregation_init='torch',  # as the official code; 'truncated' is like the other blocks
           vocab=0,  # filled in from the tokenizer
       )

@@ -34,12 +34,13 @@ class MIM(nn.Module):
   head_layers: int = 2
   shared_head: bool = True
   positions: str = 'shared'
+  init_scheme: str = 'truncated'
   # The official code builds the aggregation blocks after its init pass, so they keep torch's default.
   aggregation_init: str = 'torch'
   dtype: Any = jnp.float32
 
   def setup(self):
-    init = Init('truncated')
+    init = Init(self.init_scheme)
     self.backbone = ViT(
         self.width, self.depth, self.heads, self.patch_size, self.grid, self.mlp_ratio, self.positions,
         self.layer_scale, self.drop_path, mask_token=True, init=init, dtype=self.dtype,

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from beitv2_jax.models.layers import Linear, layer_norm
+from beitv2_jax.models.layers import Init, Linear, layer_norm
 from beitv2_jax.models.quantizer import Quantizer, l2norm
 from beitv2_jax.models.vit import ViT
 
@@ -18,11 +18,12 @@ class TaskHead(nn.Module):
 
   hidden: int
   features: int
+  init: Init = Init()
 
   @nn.compact
   def __call__(self, x):
-    x = Linear(self.hidden, precision='highest', name='fc1')(x.astype(jnp.float32))
-    return Linear(self.features, precision='highest', name='fc2')(jnp.tanh(x))
+    x = Linear(self.hidden, self.init, precision='highest', name='fc1')(x.astype(jnp.float32))
+    return Linear(self.features, self.init, precision='highest', name='fc2')(jnp.tanh(x))
 
 
 class PatchEncoder(nn.Module):
@@ -52,22 +53,29 @@ class VQKD(nn.Module):
   decoder_heads: int = 12
   mlp_ratio: float = 4.0
   decay: float = 0.99
+  init_scheme: str = 'normal'
   dtype: Any = jnp.float32
 
   def setup(self):
+    init = Init(self.init_scheme)
+
     def vit(side, patch_size):
       size = {k: getattr(self, f'{side}_{k}') for k in ('width', 'depth', 'heads')}
-      return ViT(**size, patch_size=patch_size, grid=self.grid, mlp_ratio=self.mlp_ratio, dtype=self.dtype, parent=None)
+      return ViT(**size, patch_size=patch_size, grid=self.grid, mlp_ratio=self.mlp_ratio, init=init, dtype=self.dtype, parent=None)
 
     self.encoder = PatchEncoder(vit('encoder', self.patch_size))
-    self.encode_head = TaskHead(self.encoder_width, self.code_dim)
+    self.encode_head = TaskHead(self.encoder_width, self.code_dim, init)
     self.quantizer = Quantizer(self.codes, self.code_dim, self.decay)
     self.decoder = PatchEncoder(vit('decoder', 1))
-    self.decode_head = TaskHead(self.decoder_width, self.teacher_width)
+    self.decode_head = TaskHead(self.decoder_width, self.teacher_width, init)
 
   def encode(self, images):
     """[B, h, w, 3] in [-1, 1] → unit vectors [B, N, C]."""
     return l2norm(self.encode_head(self.encoder(images)))
+
+  def encoder_states(self, images, taps=()):
+    """Raw block outputs of the encoder, as ViT returns them."""
+    return self.encoder.vit(images, taps=tuple(taps))
 
   def decode(self, quantized, grid=None):
     """[B, N, C] → predicted teacher features [B, N, V]."""

@@ -35,7 +35,7 @@ def build(c: Any) -> VQKD:
   m = c.model
   sizes = {f'{s}_{k}': m[s][k] for s in ('encoder', 'decoder') for k in ('width', 'depth', 'heads')}
   return VQKD(
-      patch_grid(c), m.patch_size, m.codes, m.code_dim, m.teacher_width, **sizes, mlp_ratio=m.mlp_ratio, decay=m.decay, dtype=jnp.dtype(c.dtype)
+      patch_grid(c), m.patch_size, m.codes, m.code_dim, m.teacher_width, **sizes, mlp_ratio=m.mlp_ratio, decay=m.decay, init_scheme=m.init_scheme, dtype=jnp.dtype(c.dtype)
   )
 
 
@@ -51,8 +51,8 @@ def load(workdir: str, dtype: str) -> tuple[VQKD, Any, Any]:
     raise UserError('tokenizer_from is empty: give the workdir of a trained tokenizer, --config.tokenizer_from=WORKDIR.')
   if workdir == 'untrained':  # tiny and random, for smoke tests
     config = config_lib.base('tokenizer').unlock()
-    config.update(model=config_lib.tiny_tokenizer() | dict(teacher_width=8), dtype=dtype)
-    config.data.image_size = 32
+    config.update(model=config_lib.tiny_tokenizer(), dtype=dtype)
+    config.model.teacher_width, config.data.image_size = 8, 32
     variables = jax.jit(build(config).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     return build(config), jax.tree.map(np.asarray, nn.unbox(variables)), config
   config, variables, _ = checkpoint.load_variables(workdir, 'the workdir of a trained tokenizer')

@@ -1,0 +1,33 @@
+# Two commands: `make demo` runs the whole chain on real data, `make test` runs the tests. Both install what they need in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/beitv2_jax/xla
+
+.PHONY: demo demo-full test test-all lint clean
+demo: $(VENV)/ready
+	$(VENV)/bin/python -m beitv2_jax.demo $(ARGS)
+
+demo-full: $(VENV)/ready
+	$(VENV)/bin/python -m beitv2_jax.demo --full $(ARGS)
+
+test: $(VENV)/ready
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "not parity and not slow" $(ARGS)
+
+test-all: $(VENV)/ready
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "not parity" $(ARGS)
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+# The lock makes the environment the one that was tested; LOCK= takes the newest of the ranges instead.
+LOCK ?= -c requirements.lock
+$(VENV)/ready: requirements.txt requirements.lock setup.cfg
+	@echo "making the environment in $(VENV) (about 1.5 GB, two minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; set PYTHON=python3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(LOCK) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,76 @@
+"""Pictures that explain a codebook: which patches share a code, codes over images, masks with predicted codes."""
+
+import colorsys
+
+import numpy as np
+from PIL import Image
+
+
+def patches_of(images: np.ndarray, patch: int) -> np.ndarray:
+  """uint8 [B, h, w, 3] → [B, Gh, Gw, patch, patch, 3]."""
+  b, h, w, c = images.shape
+  return images.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
+
+
+def gallery(images: np.ndarray, codes: np.ndarray, size: int, columns: int = 12, rows: int = 64, scale: int = 3) -> Image.Image:
+  """One row for each of the `rows` most used codes: up to `columns` patches that have it.
+
+  images: uint8 [B, h, w, 3]; codes: int [B, Gh, Gw]; size: number of codes.
+  """
+  patch = images.shape[1] // codes.shape[1]
+  tiles, flat = patches_of(images, patch).reshape(-1, patch, patch, 3), codes.reshape(-1)
+  counts = np.bincount(flat, minlength=size)
+  order = [c for c in np.argsort(-counts, kind='stable')[:rows] if counts[c]]
+  gap, rng = 1, np.random.default_rng(0)
+  sheet = np.full((max(len(order), 1) * (patch + gap), columns * (patch + gap), 3), 255, np.uint8)
+  for r, code in enumerate(order):
+    for c, i in enumerate(rng.permutation(np.flatnonzero(flat == code))[:columns]):
+      y, x = r * (patch + gap), c * (patch + gap)
+      sheet[y : y + patch, x : x + patch] = tiles[i]
+  return _enlarge(sheet, scale)
+
+
+def palette(size: int) -> np.ndarray:
+  """uint8 [size, 3]: one colour a code, neighbours far apart."""
+  hues = (np.arange(size) * 0.618034) % 1
+  return np.array([[255 * v for v in colorsys.hsv_to_rgb(h, 0.45 + 0.4 * (i % 2), 0.95 - 0.25 * (i % 3))] for i, h in enumerate(hues)], np.uint8)
+
+
+def overlay(image: np.ndarray, codes: np.ndarray, size: int, strength: float = 0.55, where: np.ndarray | None = None) -> np.ndarray:
+  """uint8 image [h, w, 3] tinted by the code of each patch (only where `where` [Gh, Gw] is True)."""
+  patch = image.shape[0] // codes.shape[0]
+  tint = palette(size)[codes].repeat(patch, 0).repeat(patch, 1)
+  weight = np.full(codes.shape, strength) if where is None else strength * where
+  weight = weight.repeat(patch, 0).repeat(patch, 1)[..., None]
+  return (image * (1 - weight) + tint * weight).astype(np.uint8)
+
+
+def strip(columns: list[list[np.ndarray]], scale: int = 3, gap: int = 4) -> Image.Image:
+  """Images side by side: columns of equal-sized uint8 pictures."""
+  h, w, _ = columns[0][0].shape
+  sheet = np.full((len(columns[0]) * (h + gap), len(columns) * (w + gap), 3), 255, np.uint8)
+  for x, column in enumerate(columns):
+    for y, picture in enumerate(column):
+      sheet[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = picture
+  return _enlarge(sheet, scale)
+
+
+def masked_predictions(images: np.ndarray, masks: np.ndarray, codes: np.ndarray, predicted: np.ndarray, size: int) -> Image.Image:
+  """Rows: image; what the model sees; true codes of the masked patches; predicted codes, wrong ones crossed out.
+
+  masks: bool [B, Gh, Gw]; codes, predicted: int [B, Gh, Gw].
+  """
+  columns = []
+  for image, mask, true, guess in zip(images, masks, codes, predicted):
+    patch = image.shape[0] // mask.shape[0]
+    hidden = np.where(mask.repeat(patch, 0).repeat(patch, 1)[..., None], 128, image).astype(np.uint8)
+    told = overlay(hidden, guess, size, 1.0, mask)
+    for r, c in np.argwhere(mask & (true != guess)):
+      box = told[r * patch : (r + 1) * patch, c * patch : (c + 1) * patch]
+      box[np.eye(patch, dtype=bool) | np.eye(patch, dtype=bool)[::-1]] = 0
+    columns.append([image, hidden, overlay(hidden, true, size, 1.0, mask), told])
+  return strip(columns)
+
+
+def _enlarge(sheet: np.ndarray, scale: int) -> Image.Image:
+  return Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST)

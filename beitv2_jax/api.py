@@ -1,0 +1,127 @@
+"""The Python door: `model = beitv2_jax.load(DIR)` opens anything trained here, without a config."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beitv2_jax import checkpoint, sharding
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
+from beitv2_jax.tasks import pretrain, tokenizer
+
+
+class Model:
+  """A trained model and its weights. Images are uint8 or float [B, h, w, 3], RGB; floats are in [0, 1].
+
+  `normalize=False` takes floats that are what the network sees: [-1, 1] for a tokenizer, ImageNet statistics otherwise.
+  Every method raises UserError for images of another layout, range or size.
+  """
+
+  def __init__(self, config: Any, variables: Any = None, seed: int = 0):
+    """Without `variables` the weights are fresh: the untrained control."""
+    self.config, self.kind = config, config.task
+    if self.kind not in ('tokenizer', 'pretrain'):
+      raise UserError(f'a {self.kind} stage has no model to load here; use a tokenizer or a pretraining workdir.')
+    self.module = (tokenizer if self.kind == 'tokenizer' else pretrain).build(config)
+    if variables is None:
+      size = config.data.image_size
+      variables = sharding.unbox(jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros((1, size, size, 3))))
+    self.variables = variables
+    self.grid = tokenizer.patch_grid(config)
+
+  def tokens(self, images, normalize: bool = True) -> jax.Array:
+    """Codes of every patch, int32 [B, Gh, Gw]. Tokenizers only."""
+    x = self._input(images, normalize, 'tokenizer')
+    return self._call('tokens', x).reshape(-1, *self.grid)
+
+  def reconstruct(self, images, normalize: bool = True) -> jax.Array:
+    """The decoder's prediction of the teacher's features, [B, N, V]. Tokenizers only."""
+    return self._call('features', self._input(images, normalize, 'tokenizer'))
+
+  def features(self, images, normalize: bool = True, layers: bool = False) -> dict[str, Any]:
+    """{'cls' [B, D], 'patches' [B, N, D]} of the last block, raw; `layers=True` adds 'layers': the same of each block."""
+    return self._call('states' if layers else 'last', self._input(images, normalize, None))
+
+  def masked_logits(self, images, mask, normalize: bool = True) -> list[jax.Array]:
+    """One array [B, N, K] a branch for images whose patches in `mask` (bool [B, N] or [B, Gh, Gw]) are hidden."""
+    x = self._input(images, normalize, 'pretrain')
+    mask = jnp.asarray(mask, bool).reshape(len(x), -1)
+    if mask.shape[1] != self.grid[0] * self.grid[1]:
+      raise UserError(f'mask has {mask.shape[1]} cells an image; this model has a {self.grid} grid.')
+    return self._call('logits', x, mask)
+
+  def _input(self, images, scale: bool, kind: str | None) -> jax.Array:
+    if kind and self.kind != kind:
+      raise UserError(f'this is a {self.kind} model; that needs a {kind} model.')
+    images = jnp.asarray(images)
+    size = self.config.data.image_size
+    if images.ndim != 4 or images.shape[-1] != 3:
+      raise UserError(f'images have shape {images.shape}; expected [B, h, w, 3], RGB with channels last.')
+    if images.shape[1:3] != (size, size):
+      raise UserError(f'images are {images.shape[1]}x{images.shape[2]}; this model takes {size}x{size}.')
+    if not scale:
+      return images.astype(jnp.float32)
+    if images.dtype == jnp.uint8:
+      images = tokenizer.unit_images(images)
+    elif not jnp.issubdtype(images.dtype, jnp.floating):
+      raise UserError(f'images are {images.dtype}; use uint8, or floats in [0, 1].')
+    elif images.size and (float(images.min()) < 0 or float(images.max()) > 1):
+      raise UserError(f'float images must lie in [0, 1]; these span [{float(images.min()):.3g}, {float(images.max()):.3g}]. normalize=False takes any range.')
+    return (images * 255) / 127.5 - 1 if self.kind == 'tokenizer' else normalize(images, IMAGENET_MEAN, IMAGENET_STD)
+
+  def _call(self, what: str, *args):
+    return self._compiled(what)(self.variables, *args)
+
+  @functools.lru_cache(maxsize=None)
+  def _compiled(self, what: str):
+    module = self.module
+
+    def states(variables, x, taps):
+      if self.kind == 'tokenizer':
+        last, found, _ = module.apply(variables, x, taps, method='encoder_states')
+      else:
+        last, found, _ = module.apply(variables, x, taps=taps, method='tokens')
+      return _split(last), [_split(found[i]) for i in taps]
+
+    def last(variables, x):
+      return states(variables, x, ())[0]
+
+    def with_layers(variables, x):
+      depth = self.config.model.encoder.depth if self.kind == 'tokenizer' else self.config.model.depth
+      last, layers = states(variables, x, tuple(range(1, depth + 1)))
+      return last | dict(layers=layers)
+
+    calls = dict(
+        tokens=lambda v, x: module.apply(v, x, method='tokens'),
+        features=lambda v, x: module.apply(v, x)['features'],
+        logits=lambda v, x, mask: module.apply(v, x, mask),
+        last=last,
+        states=with_layers,
+    )
+    return jax.jit(calls[what])
+
+
+def _split(tokens: jax.Array) -> dict[str, jax.Array]:
+  return dict(cls=tokens[:, 0], patches=tokens[:, 1:])
+
+
+def load(directory: str | Path) -> Model:
+  """Opens a workdir (its newest complete checkpoint). Raises UserError if it is none."""
+  config, variables, _ = checkpoint.load_variables(directory, 'a workdir of a tokenizer or a pretraining run')
+  config.dtype = 'float32'
+  return Model(config, variables)
+
+
+def in_batches(function: Any, *arrays: np.ndarray, batch: int = 128) -> Any:
+  """function over rows of `arrays` in batches of one shape (the last one padded), results joined as numpy arrays."""
+  outs = []
+  for i in range(0, len(arrays[0]), batch):
+    parts = [a[i : i + batch] for a in arrays]
+    count = len(parts[0])
+    padded = [np.concatenate([p, np.repeat(p[:1], batch - count, 0)]) for p in parts]
+    outs.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], function(*padded)))
+  return jax.tree.map(lambda *xs: np.concatenate(xs), *outs)

@@ -1,0 +1,49 @@
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import beitv2_b16, vqkd_b16
+
+ROOT = pathlib.Path(__file__).parents[1]
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  jax.config.update('jax_compilation_cache_dir', str(pathlib.Path.home() / '.cache' / 'beitv2_jax' / 'xla'))
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+def smoke(task: str, **changes):
+  """A shipped recipe at smoke size on one device; dots in names are written as two underscores."""
+  c = {'tokenizer': vqkd_b16, 'pretrain': beitv2_b16}[task].get_config('smoke').unlock()
+  c.mesh.data = 1
+  for key, value in changes.items():
+    *parents, last = key.split('__')
+    node = c
+    for p in parents:
+      node = node[p]
+    node[last] = value
+  return c.lock()
+
+
+def run_main(*args: str, devices: int = 1, timeout: int = 300, **kwargs) -> subprocess.CompletedProcess:
+  """python -m beitv2_jax.main in a process of its own."""
+  return subprocess.run(main_command(*args), env=main_env(devices), cwd=ROOT, capture_output=True, text=True, timeout=timeout, **kwargs)
+
+
+def main_command(*args: str) -> list[str]:
+  return [sys.executable, '-m', 'beitv2_jax.main', *map(str, args)]
+
+
+def main_env(devices: int = 1) -> dict[str, str]:
+  return os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}

@@ -1,0 +1,117 @@
+"""Sizes, initial distributions and the mathematics of the layers, against the published description and hand-made numbers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beitv2_jax.models import layers, vit
+from beitv2_jax.models.mim import MIM, mask_from_index
+from beitv2_jax.models.vqkd import VQKD
+
+IMAGE = jnp.zeros((1, 224, 224, 3))
+
+
+def init(module, images):
+  return nn.unbox(jax.jit(module.init)(jax.random.key(0), images))
+
+
+def count(module):
+  variables = jax.eval_shape(lambda: module.init(jax.random.key(0), IMAGE))
+  return sum(x.size for x in jax.tree.leaves(variables['params']))
+
+
+# Counted in the official code's models.
+@pytest.mark.parametrize(
+    'module, parameters',
+    [
+        (MIM(768, 12, 12, 16, (14, 14), 8192), 106_143_056),
+        (MIM(768, 12, 12, 16, (14, 14), 8192, head_layers=0), 91_965_776),
+        (MIM(1024, 24, 16, 16, (14, 14), 8192, early_layer=21), 336_728_512),
+        (MIM(1024, 24, 16, 16, (14, 14), 8192, head_layers=0), 311_534_016),
+        (VQKD((14, 14), 16, 8192, 32, 512), 108_829_216),
+        (VQKD((14, 14), 16, 8192, 32, 512, decoder_depth=1), 94_655_008),
+        (VQKD((14, 14), 16, 8192, 32, 768, decoder_depth=1), 94_851_872),
+    ],
+)
+def test_parameter_counts(module, parameters):
+  assert count(module) == parameters
+
+
+def test_relative_position_index():
+  two = [[11, 9, 9, 9, 9], [10, 4, 3, 1, 0], [10, 5, 4, 2, 1], [10, 7, 6, 4, 3], [10, 8, 7, 5, 4]]
+  np.testing.assert_array_equal(layers.relative_position_index((2, 2)), two)
+  wide = layers.relative_position_index((2, 3))
+  np.testing.assert_array_equal(wide[0], [17] + [15] * 6)
+  np.testing.assert_array_equal(wide[5], [16, 13, 12, 11, 8, 7, 6])
+  full = layers.relative_position_index((14, 14))
+  assert (full[0, 0], full[0, 1], full[1, 0], full[1, 15], full[15, 1], full[1, 196], full[196, 1]) == (731, 729, 730, 337, 391, 0, 728)
+  assert full.sum() == 14_270_119 and len(np.unique(full)) == 732
+
+
+def test_pretraining_init():
+  width = 256
+  module = MIM(width, 3, 4, 16, (4, 4), 512, early_layer=2)
+  p = init(module, jnp.zeros((1, 64, 64, 3)))['params']
+  block = p['backbone']['block_1']
+  for w in (block['attn']['qkv'], block['fc1']['kernel'], p['lm_head']['kernel'], p['backbone']['patch_embed']['kernel']):
+    assert abs(float(w.std()) - 0.010791) < 2e-4 and float(jnp.abs(w).max()) <= 0.02  # N(0, 0.02²) cut at one sigma
+  for w in (block['attn']['proj'], block['fc2']['kernel']):
+    assert abs(float(w.std()) - 0.010791 / 2) < 2e-4  # block of index 1: 1/sqrt(4)
+  agg = p['aggregation_1']  # torch's default, uniform with non-zero biases
+  bound = width**-0.5
+  assert abs(float(agg['attn']['qkv'].std()) - bound / 3**0.5) < 1e-3 and float(jnp.abs(agg['attn']['qkv']).max()) <= bound
+  assert bound / 2 < float(jnp.abs(agg['fc1']['bias']).max()) <= bound
+  np.testing.assert_allclose(float(jnp.abs(agg['attn']['proj']).max()), bound / (2 * 4) ** 0.5, rtol=0.01)
+  np.testing.assert_allclose(float(jnp.abs(agg['fc2']['bias']).max()), (4 * width) ** -0.5, rtol=0.05)
+  for name in ('q_bias', 'v_bias'):
+    assert not block['attn'][name].any() and not agg['attn'][name].any()
+  assert not p['backbone']['rel_pos_bias']['table'].any()
+  assert (block['gamma1'] == 0.1).all() and (block['norm1']['scale'] == 1).all()
+
+
+def test_tokenizer_init():
+  p = init(VQKD((4, 4), 16, 16, 8, 32, 128, 2, 4, 128, 1, 4), jnp.zeros((1, 64, 64, 3)))['params']
+  block = p['encoder']['vit']['block_0']
+  assert abs(float(block['fc1']['kernel'].std()) - 0.02) < 5e-4 and float(block['fc1']['kernel'].max()) > 0.05  # not cut
+  patch = p['encoder']['vit']['patch_embed']['kernel']
+  assert abs(float(patch.std()) - 768**-0.5 / 3**0.5) < 1e-3  # torch's default for convolutions
+  assert 'gamma1' not in block
+
+
+def test_mask_token_hides_the_patch():
+  module = MIM(32, 2, 2, 8, (4, 4), 16, early_layer=1)
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.normal(size=(2, 32, 32, 3)), jnp.float32)
+  variables = init(module, images)
+  apply = jax.jit(module.apply)
+  index = jnp.array([[0, 5], [3, 15]])
+  seen = apply(variables, images, index=index)
+  changed = images.at[0, :8, :8].add(3.0)  # patch 0 of image 0 is masked
+  for a, b in zip(seen, apply(variables, changed, index=index)):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  changed = images.at[0, 8:16, :8].add(3.0)  # patch 4 is not
+  assert float(jnp.abs(seen[0] - apply(variables, changed, index=index)[0]).max()) > 1e-5
+  mask = mask_from_index(index, 16)
+  assert mask.sum() == 4 and mask[1, 15] and not mask[1, 5]
+  everywhere = apply(variables, images, mask)
+  for a, b in zip(seen, everywhere):
+    np.testing.assert_allclose(a, np.take_along_axis(np.asarray(b), np.asarray(index)[..., None], 1), atol=1e-5)
+
+
+def test_drop_path_keeps_the_mean_and_drops_whole_samples():
+  x = jnp.ones((4000, 2, 3))
+  y = layers.DropPath(0.25).apply({}, x, True, rngs={'drop_path': jax.random.key(0)})
+  assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
+  assert (y == y[:, :1, :1]).all() and abs(float(y.mean()) - 1) < 0.05
+  assert vit.drop_path_rates(0.1, 12)[1] == pytest.approx(0.1 / 11)
+
+
+def test_position_embedding_resize_is_bicubic():
+  np.testing.assert_allclose(vit.cubic_weights(4, 1, 0.25)[0], [-0.09375, 0.59375, 0.59375, -0.09375])  # a = -0.75, half way
+  np.testing.assert_allclose(vit.cubic_weights(5, 9, 9.1 / 5).sum(1), 1, rtol=1e-6)
+  table = jnp.asarray(np.arange(17.0)[None, :, None], jnp.float32)
+  out = vit.resize_pos_embed(table, (4, 4), (6, 5))
+  assert out.shape == (1, 31, 1) and out[0, 0, 0] == 0
+  assert vit.resize_pos_embed(table, (4, 4), (4, 4)) is table

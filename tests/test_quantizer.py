@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beitv2_jax.models import quantizer
+from beitv2_jax.models.quantizer import Quantizer, l2norm
+
+
+def test_kmeans_reference_numbers():
+  """Means and counts as the official k-means gives them for these samples and first means."""
+  samples = l2norm(jnp.sin(0.37 * jnp.arange(160.0)).reshape(40, 4))
+  means, counts = quantizer.kmeans(samples, samples[:6], 10)
+  assert counts.tolist() == [5, 4, 7, 11, 5, 8]
+  expected = [
+      [0.114551, 0.373886, 0.582616, 0.712493],
+      [0.778570, 0.563009, 0.271248, -0.057225],
+      [0.222672, -0.159171, -0.519471, -0.809464],
+      [-0.570868, -0.567103, -0.486583, -0.340207],
+      [-0.591244, -0.150756, 0.310137, 0.729053],
+      [0.513399, 0.551507, 0.514971, 0.408737],
+  ]
+  np.testing.assert_allclose(means, expected, atol=2e-6)
+
+
+def test_kmeans_start_with_fewer_samples_than_codes_and_with_a_cap():
+  samples = l2norm(jax.random.normal(jax.random.key(0), (50, 8)))
+  means, counts = quantizer.kmeans_start(jax.random.key(1), samples, 80)
+  assert means.shape == (80, 8) and counts.sum() == 50
+  np.testing.assert_allclose(jnp.linalg.norm(means, axis=1), 1, atol=1e-6)
+  assert quantizer.kmeans_start(jax.random.key(1), samples, 8, max_samples=20)[1].sum() == 20
+
+
+def test_ema_moves_used_codes_and_leaves_the_others():
+  z = l2norm(jax.random.normal(jax.random.key(0), (2, 6, 4)))
+  module = Quantizer(16, 4, decay=0.9)
+  variables = module.init(jax.random.key(1), z)
+  before = np.asarray(variables['codebook']['embedding'])
+  (out, codes, commitment, counts), after = module.apply(variables, z, mutable=['codebook'])
+  after = np.asarray(after['codebook']['embedding'])
+  flat, chosen = np.asarray(z).reshape(-1, 4), np.asarray(codes).ravel()
+  np.testing.assert_array_equal(chosen, (flat @ before.T).argmax(1))  # nearest unit vector = largest cosine
+  np.testing.assert_allclose(out.reshape(-1, 4), before[chosen], atol=1e-6)  # codes from before the update
+  np.testing.assert_allclose(commitment, ((before[chosen] - flat) ** 2).mean(), rtol=1e-5)
+  for k in range(16):
+    mine = flat[chosen == k]
+    if not len(mine):
+      np.testing.assert_array_equal(after[k], before[k])
+      continue
+    direction = mine.mean(0) / np.linalg.norm(mine.mean(0))
+    moved = 0.9 * before[k] + 0.1 * direction
+    np.testing.assert_allclose(after[k], moved / np.linalg.norm(moved), atol=1e-6)
+  assert counts.sum() == 12
+
+
+def test_straight_through_and_no_gradient_to_the_codebook():
+  z = l2norm(jax.random.normal(jax.random.key(0), (1, 3, 4)))
+  module = Quantizer(8, 4)
+  variables = module.init(jax.random.key(1), z)
+  weights = jnp.arange(12.0).reshape(1, 3, 4)
+  grad = jax.grad(lambda z: (module.apply(variables, z)[0] * weights).sum())(z)
+  np.testing.assert_array_equal(grad, weights)  # as if quantising were the identity
+  grads = jax.grad(lambda v: sum(x.sum() for x in module.apply(v, z)[::2]))(variables)
+  assert not any(g.any() for g in jax.tree.leaves(grads))
+
+
+def test_l2norm_is_safe_at_zero():
+  grad = jax.grad(lambda x: l2norm(x).sum())(jnp.zeros(4))
+  assert jnp.isfinite(grad).all()
+  np.testing.assert_array_equal(l2norm(jnp.zeros((2, 4))), 0)

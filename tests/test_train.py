@@ -1,0 +1,240 @@
+"""The loop: going on after a stop, meshes, several processes, broken runs."""
+
+import signal
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beitv2_jax import checkpoint, config as config_lib, handoff, metrics, optim, sharding, tasks, train
+from beitv2_jax.data import sources
+from beitv2_jax.errors import UserError
+from tests.conftest import main_command, main_env, run_main, smoke
+
+
+def losses(workdir):
+  return [(r['step'], r['loss'], r['grad_norm']) for r in metrics.read(workdir)]
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """Both stages, trained for 6 steps without a stop."""
+  root = tmp_path_factory.mktemp('runs')
+  results = {'tokenizer': train.run(smoke('tokenizer'), root / 'tokenizer')}
+  results['pretrain'] = train.run(smoke('pretrain', tokenizer_from=str(root / 'tokenizer')), root / 'pretrain')
+  return root, results
+
+
+@pytest.mark.parametrize('task', ['tokenizer', 'pretrain'])
+def test_a_stopped_run_goes_on_bit_by_bit(runs, tmp_path, task):
+  root, results = runs
+  extra = {'tokenizer_from': str(root / 'tokenizer')} if task == 'pretrain' else {}
+
+  class Stop(Exception):
+    pass
+
+  def stop_after_save(self, step, *args):
+    save(self, step, *args)
+    self.wait()
+    raise Stop
+
+  save = checkpoint.Checkpoints.save
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+    patch.setattr(checkpoint.Checkpoints, 'save', stop_after_save)
+    train.run(smoke(task, **extra), tmp_path)
+  assert [s for s, *_ in losses(tmp_path)] == [1, 2, 3]
+  assert train.run(smoke(task, **extra), tmp_path) == results[task]
+  assert losses(tmp_path) == losses(root / task) and len(losses(tmp_path)) == 6
+  a, b = (handoff.flatten(checkpoint.load_variables(d)[1]) for d in (tmp_path, root / task))
+  assert a.keys() == b.keys()
+  for k in a:
+    np.testing.assert_array_equal(a[k], b[k], err_msg=k)
+
+
+def test_what_a_run_leaves(runs):
+  root, results = runs
+  rows = metrics.read(root / 'pretrain')
+  for key in ('loss_1', 'loss_2', 'mim_acc_1', 'mim_acc_2', 'grad_norm', 'lr', 'images_per_second', 'input_wait'):
+    assert all(np.isfinite(r[key]) for r in rows), key
+  assert rows[0]['lr'] == 0 and abs(rows[0]['loss'] - 2 * np.log(32)) < 0.2
+  tokenizer_rows = metrics.read(root / 'tokenizer')
+  assert {'rec_loss', 'quant_loss', 'perplexity', 'codes_used'} <= tokenizer_rows[0].keys()
+  assert tokenizer_rows[-1]['rec_loss'] < tokenizer_rows[0]['rec_loss']
+  assert metrics.read(root / 'pretrain', 'eval')[-1]['loss_1'] == results['pretrain']['loss_1']
+  config = config_lib.load(root / 'pretrain')
+  assert config.model.vocab == 32 and config.tokenizer_from == str(root / 'tokenizer')
+  assert list((root / 'pretrain' / 'tensorboard').glob('events*'))
+  assert 'lm_head/kernel' in (root / 'pretrain' / 'parameters.txt').read_text()
+
+
+def test_the_frozen_tokenizer_is_not_saved_again(runs):
+  _, variables, _ = checkpoint.load_variables(runs[0] / 'pretrain')
+  assert set(variables) == {'params'} and 'encoder' not in variables['params']
+
+
+def some_steps(c, steps=3):
+  """(losses, state) of a few steps on this config's mesh, fed with the same global batches."""
+  task, frozen = tasks.make(c)
+  mesh = sharding.make_mesh(c.mesh.data, c.mesh.model)
+  tx, schedule = optim.make(c.optim, 100, 2)
+  make_state, abstract, shardings = train.init_state(task, tx, mesh, c.mesh.rules, jax.random.key(0))
+  state, frozen = make_state(jax.random.key(0)), sharding.put_replicated(frozen, mesh)
+  step = jax.jit(train.make_train_step(task, tx, schedule), out_shardings=(shardings, sharding.replicated(mesh)))
+  source = sources.make('fake:64', 'train')
+  from beitv2_jax.data import pipeline
+
+  batches = pipeline.train_batches(source, task.transforms(True, source), seed=0, batch=16, workers=-1)
+  out = []
+  for i in range(steps):
+    batch = sharding.put_batch(next(batches), mesh)
+    if i == 0:
+      warm = jax.jit(task.warm_start, out_shardings=shardings.model_state)
+      state = state._replace(model_state=warm(state.params, state.model_state, frozen, batch, jax.random.key(1)))
+    state, values = step(state, frozen, batch, jax.random.key(2))
+    out.append([float(values['loss']), float(values['grad_norm'])])
+  return np.array(out), state
+
+
+FSDP = (('heads', 'model'), ('mlp', 'model'), ('vocab', 'model'), ('embed', 'data'))
+
+
+@pytest.mark.parametrize('task', ['tokenizer', 'pretrain'])
+@pytest.mark.parametrize('mesh', [dict(data=8), dict(data=4, model=2), dict(data=8, rules=FSDP)])
+def test_one_device_and_eight_give_the_same_numbers(task, mesh):
+  if 'single' not in _cache.setdefault(task, {}):
+    _cache[task]['single'] = some_steps(smoke(task))
+  alone, one = _cache[task]['single']
+  together, many = some_steps(smoke(task, **{f'mesh__{k}': v for k, v in mesh.items()}))
+  np.testing.assert_allclose(together, alone, rtol=2e-5)
+  for a, b in zip(jax.tree.leaves(one.model_state), jax.tree.leaves(many.model_state)):
+    np.testing.assert_allclose(a, b, atol=2e-5)  # the codebook: k-means and EMA over the global batch
+  params, moments = many.params, many.opt_state[1]
+  for p, mu, nu in zip(*map(jax.tree.leaves, (params, moments.mu, moments.nu))):
+    assert p.sharding == mu.sharding == nu.sharding  # moments lie where their parameters lie
+  split = [p for p in jax.tree.leaves(params) if not p.sharding.is_fully_replicated]
+  assert bool(split) == (mesh != dict(data=8))
+
+
+_cache = {}
+
+
+def test_two_processes_give_the_numbers_of_one(runs, tmp_path):
+  """Two processes of two devices each, through the same entry point."""
+  import socket
+
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  common = ['--config=configs/vqkd_b16.py:smoke', f'--workdir={tmp_path}', f'--coordinator=localhost:{port}', '--processes=2']
+  started = [
+      subprocess.Popen(main_command(*common, f'--process={i}'), env=main_env(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+      for i in (0, 1)
+  ]
+  for p in started:
+    out, _ = p.communicate(timeout=400)
+    assert p.returncode == 0, out[-3000:]
+  ours, theirs = losses(tmp_path), losses(runs[0] / 'tokenizer')
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+  assert checkpoint.load_variables(tmp_path)[2] == 6
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(tmp_path, number):
+  args = ['--config=configs/beitv2_b16.py:smoke', f'--workdir={tmp_path}', '--config.steps=100000', '--config.checkpoint.every=100000']
+  process = subprocess.Popen(main_command(*args), env=main_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  path = tmp_path / 'metrics.jsonl'
+  deadline = time.time() + 240
+  while time.time() < deadline and process.poll() is None and not (path.exists() and path.read_text().count('\n') > 3):
+    time.sleep(0.2)
+  process.send_signal(number)
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 128 + number, out[-3000:]
+  assert 'goes on from there' in out
+  saved = checkpoint.load_variables(tmp_path)[2]
+  assert saved == losses(tmp_path)[-1][0] >= 3
+
+
+def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path, monkeypatch):
+  healthy = train.make_train_step
+
+  def poisoned(*args):
+    def step(state, *rest):
+      state, values = healthy(*args)(state, *rest)
+      return state, values | dict(loss=jnp.where(state.step >= 5, jnp.inf, values['loss']))
+
+    return step
+
+  monkeypatch.setattr(train, 'make_train_step', poisoned)
+  with pytest.raises(FloatingPointError, match=r'not finite at step 5 .*last good checkpoint is step 3.*optim.lr'):
+    train.run(smoke('pretrain'), tmp_path)
+  assert checkpoint.load_variables(tmp_path)[2] == 3
+
+
+def test_a_failed_save_is_clear_and_keeps_the_last_good_one(tmp_path, monkeypatch):
+  manager_save = checkpoint.ocp.CheckpointManager.save
+
+  def full_disk(self, step, *args, **kwargs):
+    if step == 6:
+      raise OSError(28, 'No space left on device')
+    return manager_save(self, step, *args, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.ocp.CheckpointManager, 'save', full_disk)
+    with pytest.raises(checkpoint.SaveError, match=r'could not save checkpoint 6.*No space left.*last good checkpoint is step 3'):
+      train.run(smoke('pretrain'), tmp_path)
+  train.run(smoke('pretrain'), tmp_path)
+  assert checkpoint.load_variables(tmp_path)[2] == 6
+
+
+def test_keep_n_and_keep_every_and_only_complete_ones(tmp_path):
+  train.run(smoke('pretrain', checkpoint__every=1, checkpoint__keep=2, checkpoint__keep_every=3), tmp_path)
+  folder = tmp_path / 'checkpoints'
+  assert sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) == [3, 5, 6]
+  (folder / '7.orbax-checkpoint-tmp-123' / 'variables').mkdir(parents=True)  # what a kill in the middle of a save leaves
+  assert checkpoint.load_variables(tmp_path)[2] == 6
+  assert checkpoint.Checkpoints(tmp_path).latest() == 6
+
+
+def test_another_size_in_the_same_workdir_is_an_error(runs):
+  c = smoke('pretrain', model__width=64, tokenizer_from=str(runs[0] / 'tokenizer'))
+  before = (runs[0] / 'pretrain' / 'config.json').read_text()
+  with pytest.raises(UserError, match='shapes differ .*another workdir'):
+    train.run(c, runs[0] / 'pretrain')
+  assert (runs[0] / 'pretrain' / 'config.json').read_text() == before
+
+
+BAD = {
+    'unknown config key': (['--config=configs/vqkd_b16.py:smoke', '--config.optim.learning_rate=1'], 'learning_rate'),
+    'missing config': (['--config=configs/nothing.py'], 'configs/nothing.py'),
+    'wrong tokenizer path': (['--config=configs/beitv2_b16.py:smoke', '--config.tokenizer_from=/nowhere'], 'no config.json in /nowhere'),
+    'batch does not divide': (['--config=configs/vqkd_b16.py:smoke', '--config.batch_size=15'], 'batch_size=15 does not divide'),
+    'image size': (['--config=configs/vqkd_b16.py:smoke', '--config.data.image_size=30'], 'not a multiple of model.patch_size=8'),
+    'no teacher': (['--config=configs/demo.py:stage=vqkd', '--config.teacher.name=/tmp'], 'no teacher in /tmp'),
+    'recipe argument': (['--config=configs/vqkd_b16.py:smok'], 'unknown recipe argument'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_one_line(tmp_path, name):
+  args, words = BAD[name]
+  done = run_main(*args, f'--workdir={tmp_path}/run', devices=2)
+  assert done.returncode == 2, done.stderr[-2000:]
+  assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+  assert done.stderr.startswith('error: ') and not (tmp_path / 'run').exists()
+
+
+def test_missing_workdir_is_one_line():
+  done = run_main('--config=configs/vqkd_b16.py:smoke')
+  assert done.returncode == 2 and done.stderr.startswith('error: give --workdir=DIR')
+
+
+def test_tokenizer_of_another_kind_and_patch(runs, tmp_path):
+  with pytest.raises(UserError, match='holds a pretrain stage, not a tokenizer'):
+    train.run(smoke('pretrain', tokenizer_from=str(runs[0] / 'pretrain')), tmp_path / 'a')
+  with pytest.raises(UserError, match='make model.patch_size 8'):
+    train.run(smoke('pretrain', tokenizer_from=str(runs[0] / 'tokenizer'), model__patch_size=16), tmp_path / 'b')
+  with pytest.raises(UserError, match='mask.count=16'):
+    train.run(smoke('pretrain', mask__count=16), tmp_path / 'c')
