@@ -1,0 +1,61 @@
+"""Teachers come through transformers' save_pretrained, as real ones do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from beitv2_jax.errors import UserError
+from beitv2_jax.models import teacher
+
+
+@pytest.fixture(scope='module')
+def clip(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('clip')
+  model = teacher.new_clip(width=32, depth=2, heads=2, patch_size=8, image_size=32, projection=24, vocab=8, text_length=4)
+  text = jnp.zeros((1, 4), jnp.int32)
+  params = jax.jit(model.module.init)(jax.random.key(0), text, jnp.zeros((1, 32, 32, 3)), jnp.ones_like(text), text)['params']
+  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+  model.save_pretrained(folder, params=params)
+  return folder, model, params
+
+
+def images(size=32):
+  return jnp.asarray(np.random.default_rng(0).uniform(size=(2, size, size, 3)), jnp.float32)
+
+
+def test_dense_clip_target(clip):
+  """Post layer norm and projection on every patch token; on [CLS] the same two give CLIP's own image embedding."""
+  folder, model, params = clip
+  ours, weights = teacher.load('clip', str(folder), (4, 4))
+  target = ours.apply(weights, images())
+  assert target.shape == (2, 16, 24) and ours.width == 24
+  x = teacher.normalize(images(), teacher.CLIP_MEAN, teacher.CLIP_STD)
+  out = model.module.apply(
+      {'params': params}, jnp.zeros((2, 4), jnp.int32), x, jnp.ones((2, 4), jnp.int32), jnp.tile(jnp.arange(4), (2, 1))
+  )
+  hidden = np.asarray(out.vision_model_output.last_hidden_state)
+  norm = params['vision_model']['post_layernorm']
+  unit = (hidden - hidden.mean(-1, keepdims=True)) / np.sqrt(hidden.var(-1, keepdims=True) + 1e-5)
+  dense = (unit * np.asarray(norm['scale']) + np.asarray(norm['bias'])) @ np.asarray(params['visual_projection']['kernel'])
+  np.testing.assert_allclose(target, dense[:, 1:], atol=2e-5)
+  np.testing.assert_allclose(out.image_embeds, dense[:, 0] / np.linalg.norm(dense[:, 0], axis=-1, keepdims=True), atol=2e-5)
+
+
+def test_input_and_positions_follow_the_students_grid(clip):
+  ours, weights = teacher.load('clip', str(clip[0]), (6, 6))  # 48 px for this teacher of patch 8
+  assert weights['vision_model']['embeddings']['position_embedding']['embedding'].shape == (37, 32)
+  assert ours.apply(weights, images(64)).shape == (2, 36, 24)
+
+
+def test_errors(clip, tmp_path):
+  with pytest.raises(UserError, match=f'no teacher in {tmp_path}.*model.safetensors'):
+    teacher.load('clip', str(tmp_path), (4, 4))
+  with pytest.raises(UserError, match="is a 'clip' model, but config.teacher.kind is 'dino'"):
+    teacher.load('dino', str(clip[0]), (4, 4))
+  with pytest.raises(UserError, match='need a square'):
+    teacher.load('clip', str(clip[0]), (4, 5))
+  with pytest.raises(UserError, match="use 'clip', 'dino'"):
+    teacher.load('resnet', 'x', (4, 4))
+  with pytest.raises(UserError, match='name is empty'):
+    teacher.load('clip', '', (4, 4))
