@@ -1,6 +1,5 @@
 """The Python door: `model = beitv2_jax.load(DIR)` opens anything trained here, without a config."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ class Model:
     if variables is None:
       size = config.data.image_size
       variables = sharding.unbox(jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros((1, size, size, 3))))
-    self.variables = variables
+    self.variables, self._jitted = variables, {}
     self.grid = tokenizer.patch_grid(config)
 
   def tokens(self, images, normalize: bool = True) -> jax.Array:
@@ -70,13 +69,16 @@ class Model:
     elif not jnp.issubdtype(images.dtype, jnp.floating):
       raise UserError(f'images are {images.dtype}; use uint8, or floats in [0, 1].')
     elif images.size and (float(images.min()) < 0 or float(images.max()) > 1):
-      raise UserError(f'float images must lie in [0, 1]; these span [{float(images.min()):.3g}, {float(images.max()):.3g}]. normalize=False takes any range.')
+      raise UserError(
+        f'float images must lie in [0, 1]; these span [{float(images.min()):.3g}, {float(images.max()):.3g}]. normalize=False takes any range.'
+      )
     return (images * 255) / 127.5 - 1 if self.kind == 'tokenizer' else normalize(images, IMAGENET_MEAN, IMAGENET_STD)
 
   def _call(self, what: str, *args):
-    return self._compiled(what)(self.variables, *args)
+    if what not in self._jitted:
+      self._jitted[what] = self._compiled(what)
+    return self._jitted[what](self.variables, *args)
 
-  @functools.lru_cache(maxsize=None)
   def _compiled(self, what: str):
     module = self.module
 
@@ -96,11 +98,11 @@ class Model:
       return last | dict(layers=layers)
 
     calls = dict(
-        tokens=lambda v, x: module.apply(v, x, method='tokens'),
-        features=lambda v, x: module.apply(v, x)['features'],
-        logits=lambda v, x, mask: module.apply(v, x, mask),
-        last=last,
-        states=with_layers,
+      tokens=lambda v, x: module.apply(v, x, method='tokens'),
+      features=lambda v, x: module.apply(v, x)['features'],
+      logits=lambda v, x, mask: module.apply(v, x, mask),
+      last=last,
+      states=with_layers,
     )
     return jax.jit(calls[what])
 

@@ -28,14 +28,14 @@ class Checkpoints:
   def __init__(self, workdir: str | Path, keep: int = 2, keep_every: int = 0):
     self.folder = Path(workdir).absolute() / 'checkpoints'
     self.manager = ocp.CheckpointManager(
-        self.folder,
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
-        ),
-        item_handlers={k: ocp.StandardCheckpointHandler() for k in ('variables', 'optimizer')},
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        keep_period=keep_every or None,
+        enable_async_checkpointing=True,
+        cleanup_tmp_directories=True,
+      ),
+      item_handlers={k: ocp.StandardCheckpointHandler() for k in ('variables', 'optimizer')},
     )
 
   def latest(self) -> int | None:
@@ -62,13 +62,21 @@ class Checkpoints:
     last = [s for s in self.manager.all_steps(read=True) if s != step]
     good = f'The last good checkpoint is step {max(last)}' if last else 'There is no earlier checkpoint'
     reason = (str(e).splitlines() or [type(e).__name__])[0][:300]
-    return SaveError(f'could not save checkpoint {step} in {self.folder}: {reason}. {good}; free space or mend the disk, then run the same command to go on.')
+    return SaveError(
+      f'could not save checkpoint {step} in {self.folder}: {reason}. {good}; free space or mend the disk, then run the same command to go on.'
+    )
 
   def restore(self, step: int, variables: Any, optimizer: Any) -> tuple[Any, Any]:
     """Arrays with the shapes and shardings of the given abstract trees; another layout's checkpoint is resharded."""
-    handoff.check_same(_shapes(self.folder / str(step) / 'variables'), variables, f'the checkpoint {self.folder}/{step}', 'the model of this config', 'Use the config it was made with or another workdir.')
+    handoff.check_same(
+      _shapes(self.folder / str(step) / 'variables'),
+      variables,
+      f'the checkpoint {self.folder}/{step}',
+      'the model of this config',
+      'Use the config it was made with or another workdir.',
+    )
     restored = self.manager.restore(
-        step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(variables), optimizer=ocp.args.StandardRestore(optimizer))
+      step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(variables), optimizer=ocp.args.StandardRestore(optimizer))
     )
     return restored['variables'], restored['optimizer']
 

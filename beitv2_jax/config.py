@@ -26,39 +26,39 @@ def base(task: str) -> ConfigDict:
   c.steps = -1  # -1: epochs * (images // batch_size)
 
   c.data = ConfigDict(
-      dict(
-          source='tfds:imagenet2012',  # see beitv2_jax/data/sources.py
-          dir='',  # where tfds keeps prepared data sets
-          holdout=0.1,  # share kept for evaluation where a source has no split for it
-          image_size=224,
-          crop_scale=(0.08, 1.0),
-          crop_ratio=(3 / 4, 4 / 3),
-          crop_pct=0.875,  # evaluation: shorter side to int(image_size / crop_pct), then the centre
-          flip=True,
-          workers=0,  # decoding processes per host; 0 decodes in threads, -1 in the main thread
-      )
+    dict(
+      source='tfds:imagenet2012',  # see beitv2_jax/data/sources.py
+      dir='',  # where tfds keeps prepared data sets
+      holdout=0.1,  # share kept for evaluation where a source has no split for it
+      image_size=224,
+      crop_scale=(0.08, 1.0),
+      crop_ratio=(3 / 4, 4 / 3),
+      crop_pct=0.875,  # evaluation: shorter side to int(image_size / crop_pct), then the centre
+      flip=True,
+      workers=0,  # decoding processes per host; 0 decodes in threads, -1 in the main thread
+    )
   )
   c.optim = ConfigDict(
-      dict(
-          lr=1.5e-3,
-          min_lr=1e-5,
-          warmup_epochs=10.0,
-          warmup_steps=-1,  # -1: from warmup_epochs
-          b1=0.9,
-          b2=0.999,
-          eps=1e-8,
-          weight_decay=0.05,
-          clip_norm=0.0,  # 0: no clipping
-          no_decay=('.*pos_embed', '.*cls_token'),  # beside vectors and biases
-      )
+    dict(
+      lr=1.5e-3,
+      min_lr=1e-5,
+      warmup_epochs=10.0,
+      warmup_steps=-1,  # -1: from warmup_epochs
+      b1=0.9,
+      b2=0.999,
+      eps=1e-8,
+      weight_decay=0.05,
+      clip_norm=0.0,  # 0: no clipping
+      no_decay=('.*pos_embed', '.*cls_token'),  # beside vectors and biases
+    )
   )
   c.mesh = ConfigDict(
-      dict(
-          data=-1,  # -1: all devices that `model` leaves
-          model=1,
-          # logical axis of a parameter → mesh axis; ('embed', 'data') makes it FSDP
-          rules=(('heads', 'model'), ('mlp', 'model'), ('vocab', 'model'), ('embed', None)),
-      )
+    dict(
+      data=-1,  # -1: all devices that `model` leaves
+      model=1,
+      # logical axis of a parameter → mesh axis; ('embed', 'data') makes it FSDP
+      rules=(('heads', 'model'), ('mlp', 'model'), ('vocab', 'model'), ('embed', None)),
+    )
   )
   c.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
   c.log_every = 50
@@ -94,15 +94,15 @@ def tokenizer_model(**changes: Any) -> ConfigDict:
   """The released tokenizer's size (paper section 3.1): base encoder, 8192 codes of 32 dimensions."""
   side = dict(width=768, heads=12)
   model = dict(
-      patch_size=16,
-      encoder=dict(depth=12, **side),
-      decoder=dict(depth=3, **side),
-      mlp_ratio=4.0,
-      codes=8192,
-      code_dim=32,
-      decay=0.99,  # of the codebook's EMA
-      init_scheme='normal',
-      teacher_width=0,  # filled in from the teacher
+    patch_size=16,
+    encoder=dict(depth=12, **side),
+    decoder=dict(depth=3, **side),
+    mlp_ratio=4.0,
+    codes=8192,
+    code_dim=32,
+    decay=0.99,  # of the codebook's EMA
+    init_scheme='normal',
+    teacher_width=0,  # filled in from the teacher
   )
   return ConfigDict(model | changes)
 
@@ -121,7 +121,9 @@ def check(c: ConfigDict) -> None:
   for name in ('batch_size', 'eval_batch_size'):
     size = c[name] or c.batch_size
     if size < 1 or size % data or size % jax.process_count():
-      raise UserError(f'{name}={size} does not divide over {data} data devices on {jax.process_count()} processes; use a multiple of {data}.')
+      raise UserError(
+        f'{name}={size} does not divide over {data} data devices on {jax.process_count()} processes; use a multiple of {data}.'
+      )
   patch = c.model.get('patch_size') if 'model' in c else None
   if patch and c.data.image_size % patch:
     raise UserError(f'data.image_size={c.data.image_size} is not a multiple of model.patch_size={patch}.')

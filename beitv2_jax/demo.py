@@ -78,10 +78,10 @@ def masked_accuracy(model: api.Model, codes: np.ndarray, images: np.ndarray) -> 
   predicted = logits.argmax(-1).reshape(codes.shape)
   frequent = np.array([[np.bincount(codes[:, r, c]).argmax() for c in range(codes.shape[2])] for r in range(codes.shape[1])])
   return dict(
-      mim_acc=100 * float((predicted == codes)[masks].mean()),
-      mim_acc_floor=100 * float((frequent[None] == codes)[masks].mean()),
-      masks=masks,
-      predicted=predicted,
+    mim_acc=100 * float((predicted == codes)[masks].mean()),
+    mim_acc_floor=100 * float((frequent[None] == codes)[masks].mean()),
+    masks=masks,
+    predicted=predicted,
   )
 
 
@@ -106,11 +106,11 @@ def report(out: Path, began: float) -> None:
     return probe.scores(features(train_images), train_labels, features(images), labels)
 
   summary = dict(
-      pretrained=score(lambda x: pooled(model, x)),
-      random_init=score(lambda x: pooled(api.Model(model.config), x)),
-      random_teacher=None,
-      teacher=score(lambda x: teacher_features(vqkd.config, x)),
-      pixels=score(lambda x: x.reshape(len(x), -1).astype(np.float32)),
+    pretrained=score(lambda x: pooled(model, x)),
+    random_init=score(lambda x: pooled(api.Model(model.config), x)),
+    random_teacher=None,
+    teacher=score(lambda x: teacher_features(vqkd.config, x)),
+    pixels=score(lambda x: x.reshape(len(x), -1).astype(np.float32)),
   )
   if _FULL.value:
     control = api.load(out / 'random_pretrained')
@@ -119,47 +119,53 @@ def report(out: Path, began: float) -> None:
   counts = np.bincount(codes.reshape(-1), minlength=vqkd.config.model.codes)
   masked = masked_accuracy(model, codes, images)
   summary |= dict(
-      codes_used=int((counts > 0).sum()),
-      codes_total=len(counts),
-      perplexity=float(tokenizer.code_statistics(counts.astype(np.float64))['perplexity']),
-      mim_acc=masked['mim_acc'],
-      mim_acc_floor=masked['mim_acc_floor'],
-      seconds=round(time.time() - began, 1),
+    codes_used=int((counts > 0).sum()),
+    codes_total=len(counts),
+    perplexity=float(tokenizer.code_statistics(counts.astype(np.float64))['perplexity']),
+    mim_acc=masked['mim_acc'],
+    mim_acc_floor=masked['mim_acc_floor'],
+    seconds=round(time.time() - began, 1),
   )
   (out / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
 
   names = dict(
-      pretrained='BEiT v2, pretrained here',
-      random_init='the same model, untrained',
-      random_teacher='pretrained from an untrained teacher',
-      teacher='the teacher (has seen every training label)',
-      pixels='raw pixels',
+    pretrained='BEiT v2, pretrained here',
+    random_init='the same model, untrained',
+    random_teacher='pretrained from an untrained teacher',
+    teacher='the teacher (has seen every training label)',
+    pixels='raw pixels',
   )
   header = ['frozen features of', 'linear probe %', '5 labels a class %', 'k-NN %']
   rows = [[text, *(f'{summary[k][m]:.1f}' for m in ('probe', 'probe5', 'knn'))] for k, text in names.items() if summary[k]]
   facts = [
-      f'codes used on {len(images)} held-out images: {summary["codes_used"]} of {summary["codes_total"]}, perplexity {summary["perplexity"]:.1f}',
-      f'masked codes predicted right: {summary["mim_acc"]:.1f} % (the most frequent code of each position: {summary["mim_acc_floor"]:.1f} %)',
-      f'{summary["seconds"]:.0f} s for the whole chain',
+    f'codes used on {len(images)} held-out images: {summary["codes_used"]} of {summary["codes_total"]}, perplexity {summary["perplexity"]:.1f}',
+    f'masked codes predicted right: {summary["mim_acc"]:.1f} % (the most frequent code of each position: {summary["mim_acc_floor"]:.1f} %)',
+    f'{summary["seconds"]:.0f} s for the whole chain',
   ]
   page = Report('BEiT v2 from scratch, at toy size')
   page.table(header, rows)
   for fact in facts:
     page.text(fact)
   page.text('What the codes mean', 'h2')
-  page.picture(pictures.gallery(images, codes, len(counts), rows=32), 'Codebook gallery: each row is one code, with patches of held-out images that have it; the most used codes first.')
+  sheet = pictures.gallery(images, codes, len(counts))
+  sheet.save(out / 'codebook.png')
+  page.picture(sheet, 'Codebook gallery: each strip is one code, with patches of held-out images that have it; the most used codes first.')
   tinted = [[image, pictures.overlay(image, c, len(counts))] for image, c in zip(images[:16], codes[:16])]
   page.picture(pictures.strip(tinted), 'Codes over images: one colour a code.')
   page.text('What pretraining learned', 'h2')
   few = slice(0, 16)
   grid = pictures.masked_predictions(images[few], masked['masks'][few], codes[few], masked['predicted'][few], len(counts))
-  page.picture(grid, 'From the top: the image; what the model sees; the codes behind the mask; the codes it predicts, crossed out where wrong.')
+  page.picture(
+    grid, 'From the top: the image; what the model sees; the codes behind the mask; the codes it predicts, crossed out where wrong.'
+  )
   page.text('Curves', 'h2')
   curves = {k: metrics.read(out / k) for k in ('teacher', 'vqkd', 'pretrained')}
   page.curves({'loss': [(r['step'], r['loss']) for r in curves['teacher']]}, 'teacher: contrastive loss')
   page.curves({k: [(r['step'], r[k]) for r in curves['vqkd']] for k in ('rec_loss',)}, 'VQ-KD: 1 - cosine to the teacher')
   page.curves({k: [(r['step'], r[k]) for r in curves['vqkd']] for k in ('perplexity',)}, 'VQ-KD: codes in use (perplexity of a batch)')
-  page.curves({k: [(r['step'], r[k]) for r in curves['pretrained']] for k in ('mim_acc_1', 'mim_acc_2')}, 'pretraining: masked codes right, %')
+  page.curves(
+    {k: [(r['step'], r[k]) for r in curves['pretrained']] for k in ('mim_acc_1', 'mim_acc_2')}, 'pretraining: masked codes right, %'
+  )
   page.save(out / 'report.html')
 
   widths = [max(len(str(r[i])) for r in [header, *rows]) for i in range(len(header))]

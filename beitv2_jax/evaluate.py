@@ -1,6 +1,7 @@
 """A task over a whole data set: every image counts once, whatever the batch size and the number of devices."""
 
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

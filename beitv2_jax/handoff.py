@@ -33,12 +33,18 @@ def check_same(have: Any, want: Any, have_name: str, want_name: str, hint: str =
   missing = sorted(want.keys() - have.keys())
   extra = sorted(have.keys() - want.keys())
   shapes = [
-      f'{k} {tuple(have[k].shape)} against {tuple(want[k].shape)}' for k in sorted(have.keys() & want.keys()) if have[k].shape != want[k].shape
+    f'{k} {tuple(have[k].shape)} against {tuple(want[k].shape)}'
+    for k in sorted(have.keys() & want.keys())
+    if have[k].shape != want[k].shape
   ]
   parts = [
-      f'{title}: {", ".join(names[:5])}{f" and {len(names) - 5} more" if len(names) > 5 else ""}'
-      for title, names in ((f'only in {want_name}', missing), (f'only in {have_name}', extra), (f'shapes differ ({have_name} against {want_name})', shapes))
-      if names
+    f'{title}: {", ".join(names[:5])}{f" and {len(names) - 5} more" if len(names) > 5 else ""}'
+    for title, names in (
+      (f'only in {want_name}', missing),
+      (f'only in {have_name}', extra),
+      (f'shapes differ ({have_name} against {want_name})', shapes),
+    )
+    if names
   ]
   if parts:
     raise UserError(f'{have_name} does not fit {want_name}. {"; ".join(parts)}. {hint}'.strip())

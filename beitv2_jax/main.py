@@ -50,7 +50,9 @@ def parse(argv: list[str]) -> list[str]:
       raise UserError(named[1]) from e
     key = str(e).strip('"\'')
     guilty = next((a for a in argv if isinstance(e, (AttributeError, KeyError)) and key in a), None)
-    raise UserError(f'unknown config key in {guilty}; the keys are in beitv2_jax/config.py and the recipe.' if guilty else str(e).splitlines()[0]) from e
+    raise UserError(
+      f'unknown config key in {guilty}; the keys are in beitv2_jax/config.py and the recipe.' if guilty else str(e).splitlines()[0]
+    ) from e
 
 
 def main(_) -> None:

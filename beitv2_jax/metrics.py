@@ -4,8 +4,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Mapping
 
 import jax
 from tensorboardX import SummaryWriter
@@ -29,7 +29,9 @@ class Metrics:
       path.write_text(''.join(f'{line}\n' for line in kept))
     self.file = path.open('a')
     self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
-    self.bar = tqdm(initial=start, total=steps, desc=name, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10, file=sys.stderr)
+    self.bar = tqdm(
+      initial=start, total=steps, desc=name, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10, file=sys.stderr
+    )
     self.clock = (start, time.monotonic())
 
   def progress(self, step: int, loss: float) -> None:

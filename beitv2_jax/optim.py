@@ -2,7 +2,8 @@
 
 import math
 import re
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,9 @@ def make(c: Any, steps: int, warmup: int) -> tuple[optax.GradientTransformation,
   """AdamW with decoupled decay: p ← p - lr·(m̂/(√v̂+eps) + wd·p). Returns it and the schedule, for logging."""
   schedule = cosine_schedule(c.lr, c.min_lr, warmup, steps)
   tx = optax.chain(
-      clip_by_global_norm(c.clip_norm) if c.clip_norm > 0 else optax.identity(),
-      optax.scale_by_adam(c.b1, c.b2, c.eps),
-      optax.add_decayed_weights(c.weight_decay, mask=lambda p: decay_mask(p, c.no_decay)),
-      optax.scale_by_learning_rate(schedule),
+    clip_by_global_norm(c.clip_norm) if c.clip_norm > 0 else optax.identity(),
+    optax.scale_by_adam(c.b1, c.b2, c.eps),
+    optax.add_decayed_weights(c.weight_decay, mask=lambda p: decay_mask(p, c.no_decay)),
+    optax.scale_by_learning_rate(schedule),
   )
   return tx, schedule

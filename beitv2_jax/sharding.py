@@ -4,13 +4,15 @@ Parameters carry logical axis names (embed, mlp, heads, vocab); the config's rul
 `model`. Under jit a sum over the sharded batch is the global sum, so no other file needs to know how many devices there are.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from beitv2_jax.errors import UserError
 
@@ -38,7 +40,7 @@ def variable_shardings(mesh: Mesh, rules: Any, init: Callable, *args) -> tuple[A
     for size, axis in zip(x.shape, axes):
       if axis is not None and size % mesh.shape[axis]:
         raise UserError(
-            f'{jax.tree_util.keystr(path)} {x.shape} does not divide over mesh axis {axis!r} of {mesh.shape[axis]}; change mesh.{axis} or mesh.rules.'
+          f'{jax.tree_util.keystr(path)} {x.shape} does not divide over mesh axis {axis!r} of {mesh.shape[axis]}; change mesh.{axis} or mesh.rules.'
         )
     return NamedSharding(mesh, axes)
 
@@ -48,9 +50,7 @@ def variable_shardings(mesh: Mesh, rules: Any, init: Callable, *args) -> tuple[A
 def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, params: Any, shardings: Any) -> tuple[Any, Any]:
   """(abstract optimizer state, its shardings): moments lie where their parameters lie."""
   abstract = jax.eval_shape(tx.init, params)
-  placed = optax.tree_utils.tree_map_params(
-      tx, lambda _, s: s, abstract, shardings, transform_non_params=lambda _: replicated(mesh)
-  )
+  placed = optax.tree_utils.tree_map_params(tx, lambda _, s: s, abstract, shardings, transform_non_params=lambda _: replicated(mesh))
   return abstract, placed
 
 
@@ -67,4 +67,9 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
   """The same host arrays on every device (all processes must pass the same values)."""
   sharding = replicated(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda i, x=np.asarray(x): x[i]), tree)
+
+  def put(x):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  return jax.tree.map(put, tree)

@@ -2,8 +2,9 @@
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import numpy as np
 import optax
 from clu import parameter_overview
 
-from beitv2_jax import checkpoint, config as config_lib, evaluate, optim, sharding, tasks
+from beitv2_jax import checkpoint, evaluate, optim, sharding, tasks
+from beitv2_jax import config as config_lib
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import UserError
 from beitv2_jax.metrics import Metrics
@@ -141,8 +143,8 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
     if not (np.isfinite(values['loss']) and np.isfinite(values['grad_norm'])):
       checkpoints.wait()
       raise FloatingPointError(
-          f'the loss or its gradient is not finite at step {step} (loss {values["loss"]}, gradient norm {values["grad_norm"]}). The last good checkpoint is '
-          f'step {checkpoints.latest()}. Try a lower optim.lr, a longer warmup, optim.clip_norm, or dtype=float32, and look at the images near that step.'
+        f'the loss or its gradient is not finite at step {step} (loss {values["loss"]}, gradient norm {values["grad_norm"]}). The last good checkpoint is '
+        f'step {checkpoints.latest()}. Try a lower optim.lr, a longer warmup, optim.clip_norm, or dtype=float32, and look at the images near that step.'
       )
     metrics.progress(step, values['loss'])
     if step % c.log_every == 0 or step == steps:

@@ -22,28 +22,26 @@ def get_config(arg=None):
   c.epochs = float(arg.epochs)
   long = arg.epochs > 300
   c.model = ConfigDict(
-      dict(
-          width=768,
-          depth=12,
-          heads=12,
-          patch_size=16,
-          mlp_ratio=4.0,
-          layer_scale=0.1,
-          drop_path=0.1 if long else 0.0,
-          early_layer=9,  # patch aggregation reads the patches after this block
-          head_layers=2,  # 0: no patch aggregation
-          shared_head=True,
-          init_scheme='truncated',
-          aggregation_init='torch',  # as the official code; 'truncated' is like the other blocks
-          vocab=0,  # filled in from the tokenizer
-      )
+    dict(
+      width=768,
+      depth=12,
+      heads=12,
+      patch_size=16,
+      mlp_ratio=4.0,
+      layer_scale=0.1,
+      drop_path=0.1 if long else 0.0,
+      early_layer=9,  # patch aggregation reads the patches after this block
+      head_layers=2,  # 0: no patch aggregation
+      shared_head=True,
+      init_scheme='truncated',
+      aggregation_init='torch',  # as the official code; 'truncated' is like the other blocks
+      vocab=0,  # filled in from the tokenizer
+    )
   )
   c.mask = ConfigDict(dict(count=75, min_block=16, max_block=0, min_aspect=0.3))
   c.color_jitter = 0.4
   c.data.crop_scale = (0.2, 1.0)
-  c.optim.update(
-      lr=1.5e-3, min_lr=1e-5, warmup_epochs=10.0, b2=0.999 if long else 0.98, weight_decay=0.05, clip_norm=3.0
-  )
+  c.optim.update(lr=1.5e-3, min_lr=1e-5, warmup_epochs=10.0, b2=0.999 if long else 0.98, weight_decay=0.05, clip_norm=3.0)
   if arg.smoke:
     config.smoke(c)
     c.tokenizer_from = 'untrained'

@@ -23,11 +23,11 @@ def get_config(arg=None):
   c.model.decoder.depth = arg.decoder
   c.teacher = ConfigDict(dict(kind=arg.teacher, name={'clip': 'openai/clip-vit-base-patch16', 'dino': 'facebook/dino-vitb16'}[arg.teacher]))
   c.codebook = ConfigDict(
-      dict(
-          kmeans=True,  # start from k-means of the first global batch
-          kmeans_samples=0,  # 0: all its tokens; the official code saw one device's 12,544
-          beta=1.0,  # weight of the commitment loss
-      )
+    dict(
+      kmeans=True,  # start from k-means of the first global batch
+      kmeans_samples=0,  # 0: all its tokens; the official code saw one device's 12,544
+      beta=1.0,  # weight of the commitment loss
+    )
   )
   c.optim.update(
       lr=5e-5 * c.batch_size / 128, min_lr=1e-5, warmup_epochs=10.0, b2=0.99, weight_decay=1e-4,

@@ -57,8 +57,12 @@ def test_every_epoch_visits_every_record_once_in_a_new_order():
 @pytest.mark.parametrize('processes', [1, 2])
 def test_evaluation_counts_every_image_once(processes):
   parts = [
-      list(pipeline.eval_batches(Numbered('20', 'eval'), [transforms.CenterCrop(24), transforms.ToArray()], seed=0, batch=8, process=p, processes=processes))
-      for p in range(processes)
+    list(
+      pipeline.eval_batches(
+        Numbered('20', 'eval'), [transforms.CenterCrop(24), transforms.ToArray()], seed=0, batch=8, process=p, processes=processes
+      )
+    )
+    for p in range(processes)
   ]
   assert [len(p) for p in parts] == [3] * processes
   seen = [i for p in parts for b in p for i in b['index'][b['valid']]]
@@ -126,8 +130,13 @@ def test_folder_with_splits_and_flat_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'spec, words',
-    [('folder:/nowhere', 'no folder /nowhere'), ('folder:EMPTY', 'no images under'), ('imagenet', 'no data source'), ('tfds:imagenet2012', 'no prepared imagenet2012')],
+  'spec, words',
+  [
+    ('folder:/nowhere', 'no folder /nowhere'),
+    ('folder:EMPTY', 'no images under'),
+    ('imagenet', 'no data source'),
+    ('tfds:imagenet2012', 'no prepared imagenet2012'),
+  ],
 )
 def test_wrong_sources_say_what_was_looked_for(tmp_path, spec, words):
   with pytest.raises(UserError, match=words):

@@ -24,16 +24,16 @@ def count(module):
 
 # Counted in the official code's models.
 @pytest.mark.parametrize(
-    'module, parameters',
-    [
-        (MIM(768, 12, 12, 16, (14, 14), 8192), 106_143_056),
-        (MIM(768, 12, 12, 16, (14, 14), 8192, head_layers=0), 91_965_776),
-        (MIM(1024, 24, 16, 16, (14, 14), 8192, early_layer=21), 336_728_512),
-        (MIM(1024, 24, 16, 16, (14, 14), 8192, head_layers=0), 311_534_016),
-        (VQKD((14, 14), 16, 8192, 32, 512), 108_829_216),
-        (VQKD((14, 14), 16, 8192, 32, 512, decoder_depth=1), 94_655_008),
-        (VQKD((14, 14), 16, 8192, 32, 768, decoder_depth=1), 94_851_872),
-    ],
+  'module, parameters',
+  [
+    (MIM(768, 12, 12, 16, (14, 14), 8192), 106_143_056),
+    (MIM(768, 12, 12, 16, (14, 14), 8192, head_layers=0), 91_965_776),
+    (MIM(1024, 24, 16, 16, (14, 14), 8192, early_layer=21), 336_728_512),
+    (MIM(1024, 24, 16, 16, (14, 14), 8192, head_layers=0), 311_534_016),
+    (VQKD((14, 14), 16, 8192, 32, 512), 108_829_216),
+    (VQKD((14, 14), 16, 8192, 32, 512, decoder_depth=1), 94_655_008),
+    (VQKD((14, 14), 16, 8192, 32, 768, decoder_depth=1), 94_851_872),
+  ],
 )
 def test_parameter_counts(module, parameters):
   assert count(module) == parameters

@@ -12,13 +12,13 @@ from tests.conftest import smoke
 
 # (lr, min_lr, warmup epochs, epochs, steps an epoch) and official values at some steps.
 SCHEDULES = {
-    'vqkd': ((2e-4, 1e-5, 10, 100, 2502), {0: 0, 1: 7.993925e-9, 25019: 2e-4, 25020: 2e-4, 125100: 1.214965e-4}),
-    'pretrain 300': (
-        (1.5e-3, 1e-5, 10, 300, 625),
-        {0: 0, 1: 2.400384e-7, 3125: 7.5012e-4, 6249: 1.5e-3, 6250: 1.5e-3, 96875: 7.55e-4, 187499: 1.00000000112e-5},
-    ),
-    'pretrain 1600': ((1.5e-3, 1e-5, 10, 1600, 625), {500000: 7.623599e-4, 999999: 1e-5}),
-    'finetune': ((5e-4, 1e-6, 20, 100, 1251), {1: 1.998481e-8, 25019: 5e-4, 62550: 3.459795e-4}),
+  'vqkd': ((2e-4, 1e-5, 10, 100, 2502), {0: 0, 1: 7.993925e-9, 25019: 2e-4, 25020: 2e-4, 125100: 1.214965e-4}),
+  'pretrain 300': (
+    (1.5e-3, 1e-5, 10, 300, 625),
+    {0: 0, 1: 2.400384e-7, 3125: 7.5012e-4, 6249: 1.5e-3, 6250: 1.5e-3, 96875: 7.55e-4, 187499: 1.00000000112e-5},
+  ),
+  'pretrain 1600': ((1.5e-3, 1e-5, 10, 1600, 625), {500000: 7.623599e-4, 999999: 1e-5}),
+  'finetune': ((5e-4, 1e-6, 20, 100, 1251), {1: 1.998481e-8, 25019: 5e-4, 62550: 3.459795e-4}),
 }
 
 
@@ -72,11 +72,23 @@ def test_adamw_step_by_hand():
 
 
 RECIPES = {
-    'vqkd': (vqkd_b16, '', dict(batch_size=512, epochs=100, lr=2e-4, min_lr=1e-5, b2=0.99, weight_decay=1e-4, clip_norm=0, warmup_epochs=10)),
-    'b1600': (beitv2_b16, '', dict(batch_size=2048, epochs=1600, lr=1.5e-3, min_lr=1e-5, b2=0.999, weight_decay=0.05, clip_norm=3, warmup_epochs=10)),
-    'b300': (beitv2_b16, 'epochs=300', dict(batch_size=2048, epochs=300, lr=1.5e-3, b2=0.98, weight_decay=0.05, clip_norm=3, drop_path=0, layer_scale=0.1, early_layer=9)),
-    'l1600': (beitv2_l16, '', dict(epochs=1600, drop_path=0.1, layer_scale=1e-5, width=1024, depth=24, heads=16, early_layer=21, head_layers=2, b2=0.999)),
-    'l300': (beitv2_l16, 'epochs=300', dict(epochs=300, drop_path=0, layer_scale=1e-5, depth=24, b2=0.98, count=75, min_block=16)),
+  'vqkd': (vqkd_b16, '', dict(batch_size=512, epochs=100, lr=2e-4, min_lr=1e-5, b2=0.99, weight_decay=1e-4, clip_norm=0, warmup_epochs=10)),
+  'b1600': (
+    beitv2_b16,
+    '',
+    dict(batch_size=2048, epochs=1600, lr=1.5e-3, min_lr=1e-5, b2=0.999, weight_decay=0.05, clip_norm=3, warmup_epochs=10),
+  ),
+  'b300': (
+    beitv2_b16,
+    'epochs=300',
+    dict(batch_size=2048, epochs=300, lr=1.5e-3, b2=0.98, weight_decay=0.05, clip_norm=3, drop_path=0, layer_scale=0.1, early_layer=9),
+  ),
+  'l1600': (
+    beitv2_l16,
+    '',
+    dict(epochs=1600, drop_path=0.1, layer_scale=1e-5, width=1024, depth=24, heads=16, early_layer=21, head_layers=2, b2=0.999),
+  ),
+  'l300': (beitv2_l16, 'epochs=300', dict(epochs=300, drop_path=0, layer_scale=1e-5, depth=24, b2=0.98, count=75, min_block=16)),
 }
 
 

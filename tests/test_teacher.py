@@ -32,7 +32,7 @@ def test_dense_clip_target(clip):
   assert target.shape == (2, 16, 24) and ours.width == 24
   x = teacher.normalize(images(), teacher.CLIP_MEAN, teacher.CLIP_STD)
   out = model.module.apply(
-      {'params': params}, jnp.zeros((2, 4), jnp.int32), x, jnp.ones((2, 4), jnp.int32), jnp.tile(jnp.arange(4), (2, 1))
+    {'params': params}, jnp.zeros((2, 4), jnp.int32), x, jnp.ones((2, 4), jnp.int32), jnp.tile(jnp.arange(4), (2, 1))
   )
   hidden = np.asarray(out.vision_model_output.last_hidden_state)
   norm = params['vision_model']['post_layernorm']

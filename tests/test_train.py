@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beitv2_jax import checkpoint, config as config_lib, handoff, metrics, optim, sharding, tasks, train
+from beitv2_jax import checkpoint, handoff, metrics, optim, sharding, tasks, train
+from beitv2_jax import config as config_lib
 from beitv2_jax.data import sources
 from beitv2_jax.errors import UserError
 from tests.conftest import main_command, main_env, run_main, smoke
@@ -130,8 +131,8 @@ def test_two_processes_give_the_numbers_of_one(runs, tmp_path):
     port = s.getsockname()[1]
   common = ['--config=configs/vqkd_b16.py:smoke', f'--workdir={tmp_path}', f'--coordinator=localhost:{port}', '--processes=2']
   started = [
-      subprocess.Popen(main_command(*common, f'--process={i}'), env=main_env(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-      for i in (0, 1)
+    subprocess.Popen(main_command(*common, f'--process={i}'), env=main_env(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for i in (0, 1)
   ]
   for p in started:
     out, _ = p.communicate(timeout=400)
@@ -207,13 +208,13 @@ def test_another_size_in_the_same_workdir_is_an_error(runs):
 
 
 BAD = {
-    'unknown config key': (['--config=configs/vqkd_b16.py:smoke', '--config.optim.learning_rate=1'], 'learning_rate'),
-    'missing config': (['--config=configs/nothing.py'], 'configs/nothing.py'),
-    'wrong tokenizer path': (['--config=configs/beitv2_b16.py:smoke', '--config.tokenizer_from=/nowhere'], 'no config.json in /nowhere'),
-    'batch does not divide': (['--config=configs/vqkd_b16.py:smoke', '--config.batch_size=15'], 'batch_size=15 does not divide'),
-    'image size': (['--config=configs/vqkd_b16.py:smoke', '--config.data.image_size=30'], 'not a multiple of model.patch_size=8'),
-    'no teacher': (['--config=configs/demo.py:stage=vqkd', '--config.teacher.name=/tmp'], 'no teacher in /tmp'),
-    'recipe argument': (['--config=configs/vqkd_b16.py:smok'], 'unknown recipe argument'),
+  'unknown config key': (['--config=configs/vqkd_b16.py:smoke', '--config.optim.learning_rate=1'], 'learning_rate'),
+  'missing config': (['--config=configs/nothing.py'], 'configs/nothing.py'),
+  'wrong tokenizer path': (['--config=configs/beitv2_b16.py:smoke', '--config.tokenizer_from=/nowhere'], 'no config.json in /nowhere'),
+  'batch does not divide': (['--config=configs/vqkd_b16.py:smoke', '--config.batch_size=15'], 'batch_size=15 does not divide'),
+  'image size': (['--config=configs/vqkd_b16.py:smoke', '--config.data.image_size=30'], 'not a multiple of model.patch_size=8'),
+  'no teacher': (['--config=configs/demo.py:stage=vqkd', '--config.teacher.name=/tmp'], 'no teacher in /tmp'),
+  'recipe argument': (['--config=configs/vqkd_b16.py:smok'], 'unknown recipe argument'),
 }
 
 

@@ -12,28 +12,33 @@ def patches_of(images: np.ndarray, patch: int) -> np.ndarray:
   return images.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
 
 
-def gallery(images: np.ndarray, codes: np.ndarray, size: int, columns: int = 12, rows: int = 64, scale: int = 3) -> Image.Image:
-  """One row for each of the `rows` most used codes: up to `columns` patches that have it.
+def gallery(
+  images: np.ndarray, codes: np.ndarray, size: int, columns: int = 10, codes_shown: int = 64, across: int = 4, scale: int = 3
+) -> Image.Image:
+  """One strip for each of the `codes_shown` most used codes: up to `columns` patches that have it, `across` strips a line.
 
   images: uint8 [B, h, w, 3]; codes: int [B, Gh, Gw]; size: number of codes.
   """
   patch = images.shape[1] // codes.shape[1]
   tiles, flat = patches_of(images, patch).reshape(-1, patch, patch, 3), codes.reshape(-1)
   counts = np.bincount(flat, minlength=size)
-  order = [c for c in np.argsort(-counts, kind='stable')[:rows] if counts[c]]
-  gap, rng = 1, np.random.default_rng(0)
-  sheet = np.full((max(len(order), 1) * (patch + gap), columns * (patch + gap), 3), 255, np.uint8)
-  for r, code in enumerate(order):
+  order = [c for c in np.argsort(-counts, kind='stable')[:codes_shown] if counts[c]]
+  cell, rng = patch + 1, np.random.default_rng(0)
+  strip_width = columns * cell + patch
+  sheet = np.full((max(-(-len(order) // across), 1) * (cell + 2), across * strip_width - patch, 3), 255, np.uint8)
+  for n, code in enumerate(order):
+    y, left = n // across * (cell + 2), n % across * strip_width
     for c, i in enumerate(rng.permutation(np.flatnonzero(flat == code))[:columns]):
-      y, x = r * (patch + gap), c * (patch + gap)
-      sheet[y : y + patch, x : x + patch] = tiles[i]
+      sheet[y : y + patch, left + c * cell : left + c * cell + patch] = tiles[i]
   return _enlarge(sheet, scale)
 
 
 def palette(size: int) -> np.ndarray:
   """uint8 [size, 3]: one colour a code, neighbours far apart."""
   hues = (np.arange(size) * 0.618034) % 1
-  return np.array([[255 * v for v in colorsys.hsv_to_rgb(h, 0.45 + 0.4 * (i % 2), 0.95 - 0.25 * (i % 3))] for i, h in enumerate(hues)], np.uint8)
+  return np.array(
+    [[255 * v for v in colorsys.hsv_to_rgb(h, 0.45 + 0.4 * (i % 2), 0.95 - 0.25 * (i % 3))] for i, h in enumerate(hues)], np.uint8
+  )
 
 
 def overlay(image: np.ndarray, codes: np.ndarray, size: int, strength: float = 0.55, where: np.ndarray | None = None) -> np.ndarray:

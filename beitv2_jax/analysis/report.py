@@ -3,8 +3,8 @@
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from PIL import Image
 
@@ -27,7 +27,7 @@ class Report:
     image.save(buffer, 'PNG')
     self._image(buffer.getvalue(), caption)
 
-  def curves(self, series: dict[str, Sequence[tuple[float, float]]], title: str, smooth: float = 0.8) -> None:
+  def curves(self, series: dict[str, Sequence[tuple[float, float]]], title: str, smooth: float = 0.6) -> None:
     """Lines {name: [(step, value), ...]}; the thin line is what was logged, the thick one its moving average."""
     import matplotlib
 
@@ -54,16 +54,18 @@ class Report:
 
   def _image(self, png: bytes, caption: str) -> None:
     data = base64.b64encode(png).decode()
-    self.parts.append(f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>')
+    self.parts.append(
+      f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    )
 
   def save(self, path: str | Path) -> None:
     style = (
-        'body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}'
-        'table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}'
-        'td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:1rem 1rem 0 0}'
-        'img{max-width:100%;image-rendering:pixelated}figcaption{color:#666;max-width:40rem}'
+      'body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}'
+      'table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}'
+      'td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:1rem 1rem 0 0}'
+      'img{max-width:100%;image-rendering:pixelated}figcaption{color:#666;max-width:40rem}'
     )
     body = '\n'.join(self.parts)
     Path(path).write_text(
-        f'<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{style}</style><h1>{html.escape(self.title)}</h1>\n{body}\n'
+      f'<!doctype html><meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{style}</style><h1>{html.escape(self.title)}</h1>\n{body}\n'
     )

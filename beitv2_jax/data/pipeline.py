@@ -7,7 +7,7 @@ on exactly where it was, on any number of hosts and workers.
 
 import functools
 import math
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -57,7 +57,7 @@ def _batches(dataset, steps, seed, batch, process, processes, start, workers):
 
 
 def train_batches(
-    source: Sequence, steps: Sequence, *, seed: int, batch: int, start: int = 0, workers: int = 0, process: int = 0, processes: int = 1
+  source: Sequence, steps: Sequence, *, seed: int, batch: int, start: int = 0, workers: int = 0, process: int = 0, processes: int = 1
 ) -> Iterator[dict]:
   """This process's part [batch / processes, ...] of batches start, start+1, ... as dicts of numpy arrays.
 
@@ -68,7 +68,7 @@ def train_batches(
 
 
 def eval_batches(
-    source: Sequence, steps: Sequence, *, seed: int, batch: int, workers: int = 0, process: int = 0, processes: int = 1
+  source: Sequence, steps: Sequence, *, seed: int, batch: int, workers: int = 0, process: int = 0, processes: int = 1
 ) -> Iterator[dict]:
   """Every record once, in order; the last batch is filled up with records whose `valid` is False."""
   count = math.ceil(len(source) / batch) * batch

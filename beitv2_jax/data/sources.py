@@ -11,8 +11,9 @@ None for unlabelled images. A source is written as one string, `kind:location`:
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -91,7 +92,9 @@ class Folder:
     own = next((root / n for n in SPLITS[split] if (root / n).is_dir()), None)
     has_train = any((root / n).is_dir() for n in SPLITS['train'])
     if own is None and has_train:
-      raise UserError(f'{root} has a train folder but none of {", ".join(SPLITS["eval"])} for evaluation: add one, or point at {root}/train to hold out a share of it.')
+      raise UserError(
+        f'{root} has a train folder but none of {", ".join(SPLITS["eval"])} for evaluation: add one, or point at {root}/train to hold out a share of it.'
+      )
     base = own or root
     files = sorted(_images(base))
     folders = sorted({f.parent.relative_to(base).parts[0] for f in files if f.parent != base})
@@ -139,8 +142,8 @@ class Tfds:
     split = next((n for n in SPLITS[split] if n in builder.info.splits), None)
     if split is None:
       raise UserError(
-          f'no prepared {where} in {builder.data_dir}. Prepare it with tfds (file_format array_record), '
-          'and name its directory with --config.data.dir=DIR.'
+        f'no prepared {where} in {builder.data_dir}. Prepare it with tfds (file_format array_record), '
+        'and name its directory with --config.data.dir=DIR.'
       )
     decoders = {'image': tfds.decode.SkipDecoding()}
     self.source = builder.as_data_source(split=split, decoders=decoders)

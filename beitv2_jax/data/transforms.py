@@ -106,8 +106,8 @@ def image_transforms(data, train: bool, jitter: float = 0.0) -> list:
   if not train:
     return [CenterCrop(data.image_size, data.crop_pct), ToArray()]
   return [
-      *([ColorJitter(jitter)] if jitter else []),
-      *([Flip()] if data.flip else []),
-      RandomResizedCrop(data.image_size, tuple(data.crop_scale), tuple(data.crop_ratio)),
-      ToArray(),
+    *([ColorJitter(jitter)] if jitter else []),
+    *([Flip()] if data.flip else []),
+    RandomResizedCrop(data.image_size, tuple(data.crop_scale), tuple(data.crop_ratio)),
+    ToArray(),
   ]

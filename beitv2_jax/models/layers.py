@@ -6,7 +6,8 @@ Parameters are fp32; `dtype` is the type of the matrix products. Norms, softmax 
 
 import dataclasses
 import math
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -88,9 +89,9 @@ class RelPosBias(nn.Module):
   @nn.compact
   def __call__(self):
     table = self.param(
-        'table',
-        nn.with_logical_partitioning(nn.initializers.zeros, (None, 'heads')),
-        (table_size(self.grid), self.heads),
+      'table',
+      nn.with_logical_partitioning(nn.initializers.zeros, (None, 'heads')),
+      (table_size(self.grid), self.heads),
     )
     return table[relative_position_index(self.grid)].transpose(2, 0, 1)
 

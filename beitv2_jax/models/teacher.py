@@ -5,8 +5,9 @@ A teacher maps images [B, h, w, 3] in [0, 1] to features [B, N, V] on the studen
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -72,8 +73,8 @@ def _open(kind: str, name: str):
     return cls.from_pretrained(name, _do_init=False, **extra)
   except (OSError, ValueError) as e:
     raise UserError(
-        f'cannot open the teacher {name!r} ({str(e).splitlines()[0][:200]}). On a machine without network, fetch {files} '
-        f'from https://huggingface.co/{name} elsewhere, put them in a directory here and set --config.teacher.name=DIR.'
+      f'cannot open the teacher {name!r} ({str(e).splitlines()[0][:200]}). On a machine without network, fetch {files} '
+      f'from https://huggingface.co/{name} elsewhere, put them in a directory here and set --config.teacher.name=DIR.'
     ) from e
 
 
@@ -93,7 +94,7 @@ def _resized(images: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 def _patch_input(config, grid) -> tuple[int, int]:
   if grid[0] != grid[1]:
-    raise UserError(f'the patch grid is {grid}; transformers\' Flax teachers need a square one. Use a square image.')
+    raise UserError(f"the patch grid is {grid}; transformers' Flax teachers need a square one. Use a square image.")
   size = config.patch_size * grid[0]
   config.image_size = size
   return (size, size)

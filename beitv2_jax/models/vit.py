@@ -91,9 +91,9 @@ class ViT(nn.Module):
     own_table = self.grid if self.positions == 'per_block' else None
     states = {}
     for i in range(self.depth):
-      x = Block(
-          self.heads, i, self.mlp_ratio, self.init, self.layer_scale, rates[i], own_table, self.dtype, name=f'block_{i}'
-      )(x, bias, train)
+      x = Block(self.heads, i, self.mlp_ratio, self.init, self.layer_scale, rates[i], own_table, self.dtype, name=f'block_{i}')(
+        x, bias, train
+      )
       if i + 1 in taps:
         states[i + 1] = x
     return x, states, bias

@@ -4,7 +4,8 @@
 an argument of the jitted step, never part of its checkpoint.
 """
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 

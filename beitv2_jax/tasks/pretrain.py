@@ -26,8 +26,8 @@ def make(c: Any) -> tuple[Task, Any]:
   ours, grid = tokenizer.patch_grid(c), tokenizer.patch_grid(theirs)
   if theirs.model.patch_size * ours[0] != c.data.image_size:
     raise UserError(
-        f'the tokenizer in {c.tokenizer_from} cuts {c.data.image_size} px images into {c.data.image_size // theirs.model.patch_size} patches '
-        f'a side, this model into {ours[0]}; make model.patch_size {theirs.model.patch_size}.'
+      f'the tokenizer in {c.tokenizer_from} cuts {c.data.image_size} px images into {c.data.image_size // theirs.model.patch_size} patches '
+      f'a side, this model into {ours[0]}; make model.patch_size {theirs.model.patch_size}.'
     )
   if c.mask.count >= ours[0] * ours[1] or c.mask.count < 1:
     raise UserError(f'mask.count={c.mask.count} of {ours[0] * ours[1]} patches: it must leave some to see and some to predict.')

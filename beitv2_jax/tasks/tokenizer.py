@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax import checkpoint, config as config_lib
+from beitv2_jax import checkpoint
+from beitv2_jax import config as config_lib
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import quantizer, teacher
@@ -35,7 +36,16 @@ def build(c: Any) -> VQKD:
   m = c.model
   sizes = {f'{s}_{k}': m[s][k] for s in ('encoder', 'decoder') for k in ('width', 'depth', 'heads')}
   return VQKD(
-      patch_grid(c), m.patch_size, m.codes, m.code_dim, m.teacher_width, **sizes, mlp_ratio=m.mlp_ratio, decay=m.decay, init_scheme=m.init_scheme, dtype=jnp.dtype(c.dtype)
+    patch_grid(c),
+    m.patch_size,
+    m.codes,
+    m.code_dim,
+    m.teacher_width,
+    **sizes,
+    mlp_ratio=m.mlp_ratio,
+    decay=m.decay,
+    init_scheme=m.init_scheme,
+    dtype=jnp.dtype(c.dtype),
   )
 
 
@@ -86,9 +96,7 @@ class TokenizerTask(Task):
     if not self.config.codebook.kmeans:
       return model_state
     z = self.model.apply({'params': params, **model_state}, vqkd_images(batch['image']), method='encode')
-    means, counts = quantizer.kmeans_start(
-        key, z.reshape(-1, z.shape[-1]), self.config.model.codes, self.config.codebook.kmeans_samples
-    )
+    means, counts = quantizer.kmeans_start(key, z.reshape(-1, z.shape[-1]), self.config.model.codes, self.config.codebook.kmeans_samples)
     book = model_state['codebook']['quantizer']
     return {'codebook': {'quantizer': book | dict(embedding=means, cluster_size=counts)}}
 
