@@ -32,7 +32,7 @@ def teacher():
   c = config.base('clip').unlock()
   c.update(batch_size=64, steps=450)
   c.caption = 'a photo of the digit {}.'
-  c.model = ConfigDict(dict(width=64, depth=3, heads=4, patch_size=8, projection=64, text_length=8))
+  c.model = ConfigDict(dict(width=64, depth=5, heads=4, patch_size=8, projection=64, text_length=8))
   c.optim.update(lr=2e-3, warmup_steps=50, weight_decay=0.5, clip_norm=1.0)
   return c
 
