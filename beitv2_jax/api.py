@@ -27,8 +27,7 @@ class Model:
       raise UserError(f'a {self.kind} stage has no model to load here; use a tokenizer or a pretraining workdir.')
     self.module = (tokenizer if self.kind == 'tokenizer' else pretrain).build(config)
     if variables is None:
-      size = config.data.image_size
-      variables = sharding.unbox(jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros((1, size, size, 3))))
+      variables = sharding.unbox(jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros((1, *tokenizer.image_shape(config)))))
     self.variables, self._jitted = variables, {}
     self.grid = tokenizer.patch_grid(config)
 
@@ -57,11 +56,11 @@ class Model:
     if kind and self.kind != kind:
       raise UserError(f'this is a {self.kind} model; that needs a {kind} model.')
     images = jnp.asarray(images)
-    size = self.config.data.image_size
+    h, w, _ = tokenizer.image_shape(self.config)
     if images.ndim != 4 or images.shape[-1] != 3:
       raise UserError(f'images have shape {images.shape}; expected [B, h, w, 3], RGB with channels last.')
-    if images.shape[1:3] != (size, size):
-      raise UserError(f'images are {images.shape[1]}x{images.shape[2]}; this model takes {size}x{size}.')
+    if images.shape[1:3] != (h, w):
+      raise UserError(f'images are {images.shape[1]}x{images.shape[2]}; this model takes {h}x{w}.')
     if not scale:
       return images.astype(jnp.float32)
     if images.dtype == jnp.uint8:

@@ -33,7 +33,8 @@ class MIM(nn.Module):
   early_layer: int = 9
   head_layers: int = 2
   shared_head: bool = True
-  positions: str = 'shared'
+  abs_pos: bool = False
+  rel_pos: str = 'shared'
   init_scheme: str = 'truncated'
   # The official code builds the aggregation blocks after its init pass, so they keep torch's default.
   aggregation_init: str = 'torch'
@@ -42,8 +43,8 @@ class MIM(nn.Module):
   def setup(self):
     init = Init(self.init_scheme)
     self.backbone = ViT(
-        self.width, self.depth, self.heads, self.patch_size, self.grid, self.mlp_ratio, self.positions,
-        self.layer_scale, self.drop_path, mask_token=True, init=init, dtype=self.dtype,
+        self.width, self.depth, self.heads, self.patch_size, self.grid, self.mlp_ratio, self.abs_pos,
+        self.rel_pos, self.layer_scale, self.drop_path, mask_token=True, init=init, dtype=self.dtype,
     )  # fmt: skip
     rates = drop_path_rates(self.drop_path, max(self.depth, self.early_layer + self.head_layers))
     # The rescale of the output matrices follows the block's place, and is applied whatever the init was.

@@ -2,11 +2,11 @@
 
 What each role switches on (everything else is equal):
 
-| role               | positions          | layer scale | init      |
-|--------------------|--------------------|-------------|-----------|
-| VQ-KD enc/decoder  | absolute           | none        | normal    |
-| pretraining        | one shared table   | 0.1 / 1e-5  | truncated |
-| fine-tuning        | a table per block  | 0.1 / 1e-5  | normal    |
+| role               | abs_pos | rel_pos   | layer_scale | init      |
+|--------------------|---------|-----------|-------------|-----------|
+| VQ-KD enc/decoder  | yes     | none      | none        | normal    |
+| pretraining        | no      | shared    | 0.1 / 1e-5  | truncated |
+| fine-tuning        | no      | per_block | 0.1 / 1e-5  | normal    |
 """
 
 from typing import Any
@@ -63,7 +63,8 @@ class ViT(nn.Module):
   patch_size: int
   grid: tuple[int, int]
   mlp_ratio: float = 4.0
-  positions: str = 'absolute'  # or 'shared' or 'per_block'
+  abs_pos: bool = True
+  rel_pos: str = 'none'  # or 'shared' (one table for all blocks) or 'per_block'
   layer_scale: float = 0.0
   drop_path: tuple[float, ...] | float = 0.0
   mask_token: bool = False
@@ -73,7 +74,7 @@ class ViT(nn.Module):
   @nn.compact
   def __call__(self, images, mask=None, taps: tuple[int, ...] = (), train: bool = False):
     here = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
-    if here != self.grid and self.positions != 'absolute':
+    if here != self.grid and self.rel_pos != 'none':
       raise ValueError(f'this model has relative positions for a {self.grid} grid; the image gives {here}. Resize the image or the tables.')
     x = PatchEmbed(self.width, self.patch_size, self.init, self.dtype, name='patch_embed')(images)
     token = nn.with_logical_partitioning(self.init.token, (None, None, 'embed'))
@@ -83,12 +84,12 @@ class ViT(nn.Module):
         x = jnp.where(mask[:, :, None], mask_token, x)
     cls = self.param('cls_token', token, (1, 1, self.width)).astype(self.dtype)
     x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], 1)
-    if self.positions == 'absolute':
+    if self.abs_pos:
       pos = self.param('pos_embed', token, (1, 1 + self.grid[0] * self.grid[1], self.width))
       x = x + resize_pos_embed(pos, self.grid, here).astype(self.dtype)
-    bias = RelPosBias(self.grid, self.heads, name='rel_pos_bias')() if self.positions == 'shared' else None
+    bias = RelPosBias(self.grid, self.heads, name='rel_pos_bias')() if self.rel_pos == 'shared' else None
     rates = self.drop_path if isinstance(self.drop_path, tuple) else drop_path_rates(self.drop_path, self.depth)
-    own_table = self.grid if self.positions == 'per_block' else None
+    own_table = self.grid if self.rel_pos == 'per_block' else None
     states = {}
     for i in range(self.depth):
       x = Block(self.heads, i, self.mlp_ratio, self.init, self.layer_scale, rates[i], own_table, self.dtype, name=f'block_{i}')(

@@ -23,8 +23,8 @@ def build(c: Any) -> MIM:
 
 def make(c: Any) -> tuple[Task, Any]:
   vqkd, frozen, theirs = tokenizer.load(c.tokenizer_from, c.tokenizer_dtype)
-  ours, grid = tokenizer.patch_grid(c), tokenizer.patch_grid(theirs)
-  if theirs.model.patch_size * ours[0] != c.data.image_size:
+  ours = tokenizer.patch_grid(c)
+  if theirs.model.patch_size != c.model.patch_size:
     raise UserError(
       f'the tokenizer in {c.tokenizer_from} cuts {c.data.image_size} px images into {c.data.image_size // theirs.model.patch_size} patches '
       f'a side, this model into {ours[0]}; make model.patch_size {theirs.model.patch_size}.'
@@ -33,7 +33,6 @@ def make(c: Any) -> tuple[Task, Any]:
     raise UserError(f'mask.count={c.mask.count} of {ours[0] * ours[1]} patches: it must leave some to see and some to predict.')
   if c.model.head_layers and not 0 < c.model.early_layer < c.model.depth:
     raise UserError(f'model.early_layer={c.model.early_layer} must be a block before the last of {c.model.depth}.')
-  del grid  # the tokenizer interpolates its positions to other resolutions
   c.model.vocab = theirs.model.codes
   return PretrainTask(c, build(c), vqkd), frozen
 
@@ -45,7 +44,7 @@ class PretrainTask(Task):
   tokenizer: VQKD
 
   def init(self, key):
-    return self.model.init(key, jnp.zeros((1, self.config.data.image_size, self.config.data.image_size, 3)))
+    return self.model.init(key, jnp.zeros((1, *tokenizer.image_shape(self.config))))
 
   def transforms(self, train, source):
     m = self.config.mask

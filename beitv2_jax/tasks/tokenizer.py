@@ -17,8 +17,15 @@ from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import Task
 
 
+def image_shape(c: Any) -> tuple[int, int, int]:
+  """(h, w, 3) of the model's input; data.image_size is a side, or (h, w)."""
+  size = c.data.image_size
+  return (size, size, 3) if isinstance(size, int) else (*size, 3)
+
+
 def patch_grid(c: Any) -> tuple[int, int]:
-  return (c.data.image_size // c.model.patch_size,) * 2
+  h, w, _ = image_shape(c)
+  return h // c.model.patch_size, w // c.model.patch_size
 
 
 def vqkd_images(images: jax.Array) -> jax.Array:
@@ -87,7 +94,7 @@ class TokenizerTask(Task):
   teacher: teacher.Teacher
 
   def init(self, key):
-    return self.model.init(key, jnp.zeros((1, self.config.data.image_size, self.config.data.image_size, 3)))
+    return self.model.init(key, jnp.zeros((1, *image_shape(self.config))))
 
   def transforms(self, train, source):
     return image_transforms(self.config.data, train)
