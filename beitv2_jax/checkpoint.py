@@ -59,7 +59,11 @@ class Checkpoints:
       raise self._failed('the last one', e) from e
 
   def _failed(self, step, e) -> SaveError:
-    last = [s for s in self.manager.all_steps(read=True) if s != step]
+    try:
+      self.manager.wait_until_finished()  # an earlier save may still be on its way
+    except Exception:  # noqa: S110 - this save's failure is the one to report
+      pass
+    last = [s for s in complete_steps(self.folder) if s != step]
     good = f'The last good checkpoint is step {max(last)}' if last else 'There is no earlier checkpoint'
     reason = (str(e).splitlines() or [type(e).__name__])[0][:300]
     return SaveError(
@@ -84,6 +88,11 @@ class Checkpoints:
     self.manager.close()
 
 
+def complete_steps(folder: Path) -> list[int]:
+  """Steps whose checkpoint was renamed to its final name, which Orbax does last."""
+  return [int(p.name) for p in folder.glob('*') if p.name.isdigit() and (p / 'variables').is_dir()]
+
+
 def _shapes(folder: Path) -> Any:
   """The tree of a saved item, with array metadata for leaves."""
   level = logging.get_verbosity()
@@ -105,7 +114,7 @@ def load_variables(workdir: str | Path, what: str = 'a workdir of a finished sta
   """(config, variables as numpy arrays, step) of the newest checkpoint in `workdir`. Raises UserError if there is none."""
   config = config_lib.load(workdir, what)
   folder = Path(workdir).expanduser().absolute() / 'checkpoints'
-  steps = [int(p.name) for p in folder.glob('*') if p.name.isdigit() and (p / 'variables').is_dir()]
+  steps = complete_steps(folder)
   if not steps:
     raise UserError(f'no complete checkpoint in {folder}: expected {what}; has its training saved yet?')
   path = folder / str(max(steps)) / 'variables'
