@@ -9,8 +9,21 @@ import numpy as np
 
 from beitv2_jax import checkpoint, sharding
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
 from beitv2_jax.tasks import pretrain, tokenizer
+
+
+def build_classifier(c: Any) -> Classifier:
+  return Classifier(grid=tokenizer.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict())
+
+
+def build(c: Any) -> Any:
+  """The Flax module of a config. Raises UserError for stages that leave no such model."""
+  builders = dict(tokenizer=tokenizer.build, pretrain=pretrain.build, classifier=build_classifier)
+  if c.task not in builders:
+    raise UserError(f'a {c.task} stage has no model to load here; use the workdir of one of {", ".join(builders)}.')
+  return builders[c.task](c)
 
 
 class Model:
@@ -23,9 +36,7 @@ class Model:
   def __init__(self, config: Any, variables: Any = None, seed: int = 0):
     """Without `variables` the weights are fresh: the untrained control."""
     self.config, self.kind = config, config.task
-    if self.kind not in ('tokenizer', 'pretrain'):
-      raise UserError(f'a {self.kind} stage has no model to load here; use a tokenizer or a pretraining workdir.')
-    self.module = (tokenizer if self.kind == 'tokenizer' else pretrain).build(config)
+    self.module = build(config)
     if variables is None:
       variables = sharding.unbox(jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros((1, *tokenizer.image_shape(config)))))
     self.variables, self._jitted = variables, {}
@@ -44,9 +55,15 @@ class Model:
     """{'cls' [B, D], 'patches' [B, N, D]} of the last block, raw; `layers=True` adds 'layers': the same of each block."""
     return self._call('states' if layers else 'last', self._input(images, normalize, None))
 
+  def logits(self, images, normalize: bool = True) -> jax.Array:
+    """Class scores [B, classes]. Classifiers only."""
+    return self._call('classify', self._input(images, normalize, 'classifier'))
+
   def masked_logits(self, images, mask, normalize: bool = True) -> list[jax.Array]:
     """One array [B, N, K] a branch for images whose patches in `mask` (bool [B, N] or [B, Gh, Gw]) are hidden."""
     x = self._input(images, normalize, 'pretrain')
+    if not self.config.model.vocab:
+      raise UserError('this checkpoint came without its lm_head: there are no codes to predict.')
     mask = jnp.asarray(mask, bool).reshape(len(x), -1)
     if mask.shape[1] != self.grid[0] * self.grid[1]:
       raise UserError(f'mask has {mask.shape[1]} cells an image; this model has a {self.grid} grid.')
@@ -100,6 +117,7 @@ class Model:
       tokens=lambda v, x: module.apply(v, x, method='tokens'),
       features=lambda v, x: module.apply(v, x)['features'],
       logits=lambda v, x, mask: module.apply(v, x, mask),
+      classify=lambda v, x: module.apply(v, x),
       last=last,
       states=with_layers,
     )
@@ -112,7 +130,7 @@ def _split(tokens: jax.Array) -> dict[str, jax.Array]:
 
 def load(directory: str | Path) -> Model:
   """Opens a workdir (its newest complete checkpoint). Raises UserError if it is none."""
-  config, variables, _ = checkpoint.load_variables(directory, 'a workdir of a tokenizer or a pretraining run')
+  config, variables, _ = checkpoint.load_variables(directory, 'a workdir, or a directory made by beitv2_jax.convert')
   config.dtype = 'float32'
   return Model(config, variables)
 

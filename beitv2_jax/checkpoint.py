@@ -44,24 +44,31 @@ class Checkpoints:
   def save(self, step: int, variables: Any, optimizer: Any) -> None:
     """Starts writing; returns once the arrays are copied. An earlier save's failure shows here."""
     args = ocp.args.Composite(variables=ocp.args.StandardSave(variables), optimizer=ocp.args.StandardSave(optimizer))
+    self._check(f'before step {step}')
     try:
-      self.manager.check_for_errors()
       self.manager.save(step, args=args, force=True)
     except Exception as e:  # disk full, no permission, lost mount: Orbax and tensorstore raise many types
       raise self._failed(step, e) from e
+
+  def _check(self, which: str) -> None:
+    """Raises SaveError if a save in the background has failed."""
+    try:
+      self.manager.check_for_errors()
+    except Exception as e:
+      raise self._failed(which, e) from e
 
   def wait(self) -> None:
     """Until everything is on disk."""
     try:
       self.manager.wait_until_finished()
-      self.manager.check_for_errors()
     except Exception as e:
-      raise self._failed('the last one', e) from e
+      raise self._failed('in the background', e) from e
+    self._check('in the background')
 
   def _failed(self, step, e) -> SaveError:
     try:
       self.manager.wait_until_finished()  # an earlier save may still be on its way
-    except Exception:  # noqa: S110 - this save's failure is the one to report
+    except Exception:  # this save is the one to report
       pass
     last = [s for s in complete_steps(self.folder) if s != step]
     good = f'The last good checkpoint is step {max(last)}' if last else 'There is no earlier checkpoint'

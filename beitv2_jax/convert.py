@@ -1,0 +1,168 @@
+"""Official checkpoints in, and official, timm and Hugging Face files out.
+
+  python -m beitv2_jax.convert import --kind tokenizer --from vqkd.pth --to DIR [--list]
+  python -m beitv2_jax.convert export --from DIR --to-format timm --to model.safetensors
+
+DIR is what every stage takes as tokenizer_from, and beitv2_jax.load opens: a workdir without optimizer state.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beitv2_jax import api, checkpoint, config as config_lib, handoff, sharding
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.layers import relative_position_index
+from beitv2_jax.tasks import tokenizer
+from beitv2_jax.weights import files, huggingface, official, sizes
+
+KINDS = tuple(official.TABLES)
+
+
+def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes_given: Any) -> None:
+  """Reads an official .pth or .safetensors file and writes a directory that `beitv2_jax.load` opens.
+
+  Raises UserError if the file is broken, of another kind or does not fit; then nothing is written.
+  """
+  state = files.read_state(source)
+  c = sizes.config_of(kind, state, **sizes_given)
+  heads = dict(encoder=c.model.encoder.heads, decoder=c.model.decoder.heads) if kind == 'tokenizer' else dict(encoder=c.model.heads)
+  variables = official.to_ours(kind, state, heads)
+  if kind == 'tokenizer':  # files that only carry weights
+    book = variables['codebook']['quantizer']
+    for name in ('usage', 'cluster_size'):
+      book.setdefault(name, np.zeros(c.model.codes, np.float32))
+  module = api.build(c)
+  shape = (1, *tokenizer.image_shape(c))
+  want = sharding.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape))))
+  if kind == 'pretrain' and not c.model.vocab:
+    want['params'] = {k: v for k, v in want['params'].items() if not k.endswith('lm_head')}
+  handoff.check_same(variables, want, str(source), f'a {kind} model of its sizes')
+
+  def write(folder: Path) -> None:
+    config_lib.save(c, folder)
+    checkpoint.write_variables(folder, 0, variables)
+
+  _write_beside(Path(target), write)
+
+
+def export_checkpoint(source: str | Path, target: str | Path, form: str) -> None:
+  """Writes what `source` (a workdir or an imported directory) holds as `form`: 'official', 'timm' or 'hf'.
+
+  official and timm are one .safetensors file, or .pth where torch is installed; hf is a directory for from_pretrained.
+  """
+  c, variables, _ = checkpoint.load_variables(source, 'a workdir or an imported directory')
+  kind, target = c.task, Path(target)
+  if kind not in KINDS:
+    raise UserError(f'a {kind} stage has no official form; one of {", ".join(KINDS)} has.')
+  state, grid = official.from_ours(kind, variables), tokenizer.patch_grid(c)
+  if form == 'hf':
+    state, config, preprocessor = huggingface.convert(kind, c, state, grid)
+
+    def write(folder: Path) -> None:
+      _write_tensors(folder / 'model.safetensors', state)
+      (folder / 'config.json').write_text(json.dumps(config, indent=2))
+      (folder / 'preprocessor_config.json').write_text(json.dumps(preprocessor, indent=2))
+
+    return _write_beside(target, write)
+  if form == 'timm' and kind != 'classifier':
+    raise UserError(f'timm has classifiers of this family; this is a {kind}.')
+  if form == 'official':
+    index = relative_position_index(grid).astype(np.int64)
+    tables = [k for k in state if k.endswith('relative_position_bias_table')]
+    state |= {k.replace('bias_table', 'index'): index for k in tables}
+    if kind == 'tokenizer':  # fields that the official loader insists on
+      state |= {'quantize.embedding.embed_avg': state['quantize.embedding.weight'], 'quantize.embedding.initted': np.ones(1, np.float32)}
+  if target.suffix not in ('.pth', '.safetensors'):
+    raise UserError(f'{target}: give a name that ends in .safetensors (or .pth, where torch is installed).')
+  _write_beside(target, lambda path: _write_tensors(path, state), folder=False)
+
+
+def _write_tensors(path: Path, state: dict[str, np.ndarray]) -> None:
+  if path.suffix == '.pth':
+    try:
+      import torch
+    except ImportError as e:
+      raise UserError('writing .pth needs torch; use a name that ends in .safetensors, or install torch.') from e
+    torch.save({'model': {k: torch.from_numpy(np.array(v)) for k, v in state.items()}}, path)
+  else:
+    from safetensors.numpy import save_file
+
+    save_file({k: np.ascontiguousarray(v) for k, v in state.items()}, path, metadata={'format': 'pt'})
+
+
+def _write_beside(target: Path, write: Callable[[Path], None], folder: bool = True) -> None:
+  """Calls `write` on a temporary neighbour and renames it, so a failure leaves nothing half-written."""
+  target = target.expanduser().absolute()
+  if target.exists():
+    raise UserError(f'{target} exists; remove it or choose another name.')
+  target.parent.mkdir(parents=True, exist_ok=True)
+  beside = Path(tempfile.mkdtemp(prefix=f'.{target.stem}-', dir=target.parent))
+  path = beside if folder else beside / target.name
+  try:
+    write(path)
+    path.chmod(0o755 if folder else 0o644)
+    path.rename(target)
+  finally:
+    shutil.rmtree(beside, ignore_errors=True)
+
+
+def list_keys(kind: str, source: str | Path) -> str:
+  """Every key, its shape and where it goes."""
+  state = files.read_state(source)
+  places = {None: 'NO HOME', '': 'dropped, as the official loader does'}
+  lines = [(k, str(tuple(v.shape)), places.get(h := official.home(kind, k), h)) for k, v in sorted(state.items())]
+  widths = [max(len(line[i]) for line in lines) for i in (0, 1)]
+  return '\n'.join(f'{k:{widths[0]}}  {s:{widths[1]}}  {place}' for k, s, place in lines)
+
+
+def _grid(text: str) -> tuple[int, int]:
+  h, _, w = text.partition('x')
+  return int(h), int(w)
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog='python -m beitv2_jax.convert', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  commands = parser.add_subparsers(dest='command', required=True)
+  imp = commands.add_parser('import', help='an official file → a directory')
+  imp.add_argument('--kind', required=True, choices=KINDS)
+  imp.add_argument('--from', dest='source', required=True, help='.pth or .safetensors')
+  imp.add_argument('--to', help='the directory to make')
+  imp.add_argument('--list', action='store_true', help='only print every key, its shape and where it goes')
+  imp.add_argument('--num-heads', type=int, help='where no bias table tells; default width/64')
+  imp.add_argument('--decoder-num-heads', type=int)
+  imp.add_argument('--grid', type=_grid, help='HxW patches, where they are not a square')
+  imp.add_argument('--early-layer', type=int, help='block whose patches the aggregation reads; default depth-3, as in the official models')
+  exp = commands.add_parser('export', help='a directory → official, timm or Hugging Face files')
+  exp.add_argument('--from', dest='source', required=True)
+  exp.add_argument('--to', required=True)
+  exp.add_argument('--to-format', required=True, choices=('official', 'timm', 'hf'))
+  args = parser.parse_args(argv)
+  try:
+    if args.command == 'export':
+      export_checkpoint(args.source, args.to, args.to_format)
+    elif args.list:
+      print(list_keys(args.kind, args.source))
+      return 0
+    elif not args.to:
+      raise UserError('give --to DIR, or --list to look first.')
+    else:
+      given = dict(heads=args.num_heads, decoder_heads=args.decoder_num_heads, grid=args.grid, early=args.early_layer)
+      import_checkpoint(args.kind, args.source, args.to, **given)
+    print(f'wrote {args.to}')
+    return 0
+  except UserError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+
+
+if __name__ == '__main__':
+  sys.exit(main())

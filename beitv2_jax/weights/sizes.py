@@ -1,0 +1,90 @@
+"""A config read off the arrays of an official state dict: nothing about width, depth, grid or codebook is asked for."""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.layers import table_size
+
+State = dict[str, np.ndarray]
+
+
+def depth(state: State, prefix: str) -> int:
+  found = [int(m[1]) for k in state if (m := re.match(re.escape(prefix) + r'(\d+)\.', k))]
+  return max(found) + 1 if found else 0
+
+
+def _need(state: State, key: str, kind: str) -> np.ndarray:
+  if key not in state:
+    raise UserError(f'no {key} among the {len(state)} keys: this is not a {kind} checkpoint (its first keys: {", ".join(sorted(state)[:4])}).')
+  return state[key]
+
+
+def grid_of(patches: int | None, rows: int | None, given: tuple[int, int] | None) -> tuple[int, int]:
+  """The patch grid from a position embedding's length or a bias table's rows; square unless `given`."""
+  if given is None:
+    side = math.isqrt(patches) if patches is not None else (math.isqrt(rows - 3) + 1) // 2
+    given = (side, side)
+  fits = given[0] * given[1] == patches if patches is not None else table_size(given) == rows
+  if not fits:
+    raise UserError(f'{f"{patches} patches" if patches is not None else f"a bias table of {rows} rows"} does not make a {given[0]}x{given[1]} grid; say which with --grid HxW.')
+  return given
+
+
+def vit(state: State, prefix: str, kind: str, heads: int | None) -> dict[str, Any]:
+  """width, depth, heads, mlp_ratio, patch_size, layer_scale, tables of a ViT whose keys begin with `prefix`."""
+  patch = _need(state, f'{prefix}patch_embed.proj.weight', kind)
+  width = patch.shape[0]
+  tables = [k for k in state if k.startswith(prefix) and k.endswith('relative_position_bias_table')]
+  columns = state[tables[0]].shape[1] if tables else None
+  if heads and columns and heads != columns:
+    raise UserError(f'--num-heads {heads}, but the bias table has {columns} columns.')
+  heads = columns or heads or width // 64
+  if not heads or width % heads:
+    raise UserError(f'a width of {width} does not divide into {heads} heads; say how many with --num-heads.')
+  return dict(
+    width=width,
+    depth=depth(state, f'{prefix}blocks.'),
+    heads=heads,
+    mlp_ratio=_need(state, f'{prefix}blocks.0.mlp.fc1.weight', kind).shape[0] / width,
+    patch_size=patch.shape[-1],
+    # The value only matters for fresh weights; what counts here is whether there are any.
+    layer_scale=(0.1 if width < 1024 else 1e-5) if f'{prefix}blocks.0.gamma_1' in state else 0.0,
+    rel_pos='shared' if f'{prefix}rel_pos_bias.relative_position_bias_table' in state else 'per_block' if tables else 'none',
+    abs_pos=f'{prefix}pos_embed' in state,
+    table_rows=state[tables[0]].shape[0] if tables else None,
+    patches=state[f'{prefix}pos_embed'].shape[1] - 1 if f'{prefix}pos_embed' in state else None,
+  )
+
+
+def config_of(
+  kind: str, state: State, heads: int | None = None, decoder_heads: int | None = None, grid: tuple[int, int] | None = None, early: int | None = None
+) -> Any:
+  """The config of a tokenizer, pretrain or classifier checkpoint. Raises UserError if it is another kind."""
+  c = config_lib.base(kind).unlock()
+  c.dtype = 'float32'
+  v = vit(state, 'encoder.' if kind == 'tokenizer' else '', kind, heads)
+  grid = grid_of(v.pop('patches'), v.pop('table_rows'), grid)
+  c.data.image_size = grid[0] * v['patch_size'] if grid[0] == grid[1] else tuple(g * v['patch_size'] for g in grid)
+  if kind == 'tokenizer':
+    d = vit(state, 'decoder.', kind, decoder_heads)
+    codes, dim = _need(state, 'quantize.embedding.weight', kind).shape
+    side = lambda x: {k: x[k] for k in ('width', 'depth', 'heads')}
+    c.model = config_lib.tokenizer_model(
+      patch_size=v['patch_size'], encoder=side(v), decoder=side(d), mlp_ratio=v['mlp_ratio'], codes=codes, code_dim=dim,
+      teacher_width=_need(state, 'decode_task_layer.2.weight', kind).shape[0],
+    )  # fmt: skip
+  elif kind == 'pretrain':
+    layers = depth(state, 'cls_pt_layers.')
+    early = early or max(v['depth'] - 3, 1)  # 9 of 12 and 21 of 24 in the official models
+    vocab = state['lm_head.weight'].shape[0] if 'lm_head.weight' in state else 0
+    c.model = config_lib.ConfigDict(v | dict(early_layer=early, head_layers=layers, shared_head='cls_pt_norm.weight' not in state, vocab=vocab))
+    _need(state, 'mask_token', kind)
+  else:
+    _need(state, 'head.weight', kind)
+    c.model = config_lib.ConfigDict(v | dict(classes=state['head.weight'].shape[0], mean_pooling='fc_norm.weight' in state))
+  return c.lock()
