@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/beitv2_jax/xla
 
-.PHONY: demo demo-full test test-all lint clean
+.PHONY: demo demo-full test test-parity test-all lint clean
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m beitv2_jax.demo $(ARGS)
 
@@ -12,10 +12,14 @@ demo-full: $(VENV)/ready
 	$(VENV)/bin/python -m beitv2_jax.demo --full $(ARGS)
 
 test: $(VENV)/ready
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "not parity and not slow" $(ARGS)
-
-test-all: $(VENV)/ready
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "not parity" $(ARGS)
+
+# Against torch, timm and Hugging Face, which come into the same environment; torch stays out of everything else.
+test-parity: $(VENV)/ready-parity
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m parity $(ARGS)
+
+test-all: $(VENV)/ready-parity
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
@@ -27,6 +31,10 @@ $(VENV)/ready: requirements.txt requirements.lock setup.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; set PYTHON=python3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(LOCK) -e '.[test]'
+	touch $@
+
+$(VENV)/ready-parity: $(VENV)/ready
+	$(PIP) $(LOCK) -e '.[test,parity]'
 	touch $@
 
 clean:

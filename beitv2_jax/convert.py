@@ -11,14 +11,16 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax import api, checkpoint, config as config_lib, handoff, sharding
+from beitv2_jax import api, checkpoint, handoff, sharding
+from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.layers import relative_position_index
 from beitv2_jax.tasks import tokenizer
@@ -130,7 +132,9 @@ def _grid(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog='python -m beitv2_jax.convert', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    prog='python -m beitv2_jax.convert', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   commands = parser.add_subparsers(dest='command', required=True)
   imp = commands.add_parser('import', help='an official file → a directory')
   imp.add_argument('--kind', required=True, choices=KINDS)

@@ -3,7 +3,9 @@
 A teacher maps images [B, h, w, 3] in [0, 1] to features [B, N, V] on the student's patch grid (paper section 2.1).
 """
 
+import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -70,12 +72,36 @@ def _open(kind: str, name: str):
     name = str(path)
   extra = {'add_pooling_layer': False} if kind == 'dino' else {}
   try:
-    return cls.from_pretrained(name, _do_init=False, **extra)
-  except (OSError, ValueError) as e:
+    with _warnings_of_transformers() as warnings:
+      model = cls.from_pretrained(name, **extra)
+  except (OSError, ValueError, ImportError) as e:
     raise UserError(
       f'cannot open the teacher {name!r} ({str(e).splitlines()[0][:200]}). On a machine without network, fetch {files} '
       f'from https://huggingface.co/{name} elsewhere, put them in a directory here and set --config.teacher.name=DIR.'
     ) from e
+  missing = [w for w in warnings if 'newly initialized' in w]
+  if missing:
+    raise UserError(f'the teacher {name!r} lacks weights of a {kind} model: {missing[0][:300]}')
+  return model, model.params
+
+
+@contextlib.contextmanager
+def _warnings_of_transformers():
+  """Collects them: it fills weights that a file lacks with random ones, and only warns."""
+  records: list[str] = []
+  handler = logging.Handler()
+  handler.emit = lambda record: records.append(record.getMessage())
+  logger = logging.getLogger('transformers.modeling_flax_utils')
+  level, propagate = logger.level, logger.propagate
+  logger.addHandler(handler)
+  logger.setLevel(logging.WARNING)
+  logger.propagate = False
+  try:
+    yield records
+  finally:
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = propagate
 
 
 def _fit_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

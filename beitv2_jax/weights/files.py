@@ -62,7 +62,9 @@ class _Unpickler(pickle.Unpickler):
       return known[module, name]
     if module == 'torch' and name in _DTYPES:
       return name
-    raise UserError(f'refused: the file wants to run {module}.{name}. A checkpoint needs no such thing; take one of another origin, or save its state dict alone.')
+    raise UserError(
+      f'refused: the file wants to run {module}.{name}. A checkpoint needs no such thing; take one of another origin, or save its state dict alone.'
+    )
 
   def persistent_load(self, pid: tuple) -> np.ndarray:
     _, kind, key, _, count = pid
@@ -94,7 +96,8 @@ def read_state(path: str | Path) -> dict[str, np.ndarray]:
   if not path.is_file():
     raise UserError(f'no file {path}.')
   if path.suffix == '.safetensors':
-    from safetensors import SafetensorError, numpy as safetensors
+    from safetensors import SafetensorError
+    from safetensors import numpy as safetensors
 
     try:
       return safetensors.load_file(path)

@@ -38,7 +38,7 @@ def convert(kind: str, c: Any, state: dict[str, np.ndarray], grid: tuple[int, in
   if kind not in ('pretrain', 'classifier'):
     raise UserError(f'transformers has no class for a {kind}; export it with --to-format official.')
   if grid[0] != grid[1]:
-    raise UserError(f'transformers\' Beit needs a square grid; this one is {grid[0]}x{grid[1]}.')
+    raise UserError(f"transformers' Beit needs a square grid; this one is {grid[0]}x{grid[1]}.")
   m, out = c.model, {}
   for key, value in state.items():
     if key.startswith('cls_pt'):

@@ -4,7 +4,8 @@ Kinds: tokenizer, pretrain, classifier. A key without a home is an error unless 
 """
 
 import re
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 

@@ -20,7 +20,9 @@ def depth(state: State, prefix: str) -> int:
 
 def _need(state: State, key: str, kind: str) -> np.ndarray:
   if key not in state:
-    raise UserError(f'no {key} among the {len(state)} keys: this is not a {kind} checkpoint (its first keys: {", ".join(sorted(state)[:4])}).')
+    raise UserError(
+      f'no {key} among the {len(state)} keys: this is not a {kind} checkpoint (its first keys: {", ".join(sorted(state)[:4])}).'
+    )
   return state[key]
 
 
@@ -31,7 +33,9 @@ def grid_of(patches: int | None, rows: int | None, given: tuple[int, int] | None
     given = (side, side)
   fits = given[0] * given[1] == patches if patches is not None else table_size(given) == rows
   if not fits:
-    raise UserError(f'{f"{patches} patches" if patches is not None else f"a bias table of {rows} rows"} does not make a {given[0]}x{given[1]} grid; say which with --grid HxW.')
+    raise UserError(
+      f'{f"{patches} patches" if patches is not None else f"a bias table of {rows} rows"} does not make a {given[0]}x{given[1]} grid; say which with --grid HxW.'
+    )
   return given
 
 
@@ -62,14 +66,20 @@ def vit(state: State, prefix: str, kind: str, heads: int | None) -> dict[str, An
 
 
 def config_of(
-  kind: str, state: State, heads: int | None = None, decoder_heads: int | None = None, grid: tuple[int, int] | None = None, early: int | None = None
+  kind: str,
+  state: State,
+  heads: int | None = None,
+  decoder_heads: int | None = None,
+  grid: tuple[int, int] | None = None,
+  early: int | None = None,
 ) -> Any:
   """The config of a tokenizer, pretrain or classifier checkpoint. Raises UserError if it is another kind."""
   c = config_lib.base(kind).unlock()
   c.dtype = 'float32'
   v = vit(state, 'encoder.' if kind == 'tokenizer' else '', kind, heads)
   grid = grid_of(v.pop('patches'), v.pop('table_rows'), grid)
-  c.data.image_size = grid[0] * v['patch_size'] if grid[0] == grid[1] else tuple(g * v['patch_size'] for g in grid)
+  with c.data.ignore_type():  # one number, or (h, w)
+    c.data.image_size = grid[0] * v['patch_size'] if grid[0] == grid[1] else tuple(g * v['patch_size'] for g in grid)
   if kind == 'tokenizer':
     d = vit(state, 'decoder.', kind, decoder_heads)
     codes, dim = _need(state, 'quantize.embedding.weight', kind).shape
@@ -82,7 +92,9 @@ def config_of(
     layers = depth(state, 'cls_pt_layers.')
     early = early or max(v['depth'] - 3, 1)  # 9 of 12 and 21 of 24 in the official models
     vocab = state['lm_head.weight'].shape[0] if 'lm_head.weight' in state else 0
-    c.model = config_lib.ConfigDict(v | dict(early_layer=early, head_layers=layers, shared_head='cls_pt_norm.weight' not in state, vocab=vocab))
+    c.model = config_lib.ConfigDict(
+      v | dict(early_layer=early, head_layers=layers, shared_head='cls_pt_norm.weight' not in state, vocab=vocab)
+    )
     _need(state, 'mask_token', kind)
   else:
     _need(state, 'head.weight', kind)

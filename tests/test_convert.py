@@ -1,0 +1,169 @@
+"""Checkpoints in and out: sizes read off the arrays, bit-equal round trips, and files that are refused."""
+
+import json
+import os
+import pickle
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import beitv2_jax
+from beitv2_jax import checkpoint, convert, handoff, sharding
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.classifier import Classifier
+from beitv2_jax.models.mim import MIM
+from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.weights import files, official
+
+MODULES = {
+  'tokenizer': VQKD((2, 3), 8, 24, 4, 8, 128, 2, 2, 64, 1, 1),
+  'pretrain': MIM(16, 4, 2, 8, (2, 3), 24, early_layer=1, shared_head=False),
+  'classifier': Classifier(16, 2, 4, 8, (2, 3), 5),
+}
+
+
+def random_state(kind, module=None):
+  """Official keys with random values; the grid is 2 x 3."""
+  module = module or MODULES[kind]
+  h, w = (8 * g for g in module.grid)
+  shapes = sharding.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, h, w, 3)))))
+  rng = np.random.default_rng(0)
+  return official.from_ours(kind, jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes))
+
+
+@pytest.mark.parametrize('kind', MODULES)
+def test_import_reads_the_sizes_and_export_gives_the_same_bits(tmp_path, kind):
+  state = random_state(kind)
+  save_file(state | {'blocks.0.attn.relative_position_index': np.zeros((7, 7), np.int64)}, tmp_path / 'in.safetensors')
+  args = ['import', '--kind', kind, '--from', f'{tmp_path}/in.safetensors', '--to', f'{tmp_path}/dir', '--grid', '2x3']
+  assert convert.main(args + (['--early-layer', '1'] if kind == 'pretrain' else [])) == 0
+  c, variables, _ = checkpoint.load_variables(tmp_path / 'dir')
+  module = MODULES[kind]
+  assert c.data.image_size == [16, 24]
+  if kind == 'tokenizer':
+    assert (c.model.encoder.heads, c.model.decoder.depth, c.model.codes, c.model.teacher_width) == (2, 1, 24, 8)
+  else:
+    assert (c.model.width, c.model.depth, c.model.heads) == (16, module.depth, module.heads)
+  images = np.random.default_rng(1).uniform(size=(2, 16, 24, 3)).astype(np.float32)
+  model = beitv2_jax.load(tmp_path / 'dir')
+  assert model.features(images)['patches'].shape == (2, 6, module.encoder_width if kind == 'tokenizer' else 16)
+  if kind == 'tokenizer':
+    assert model.tokens(images).shape == (2, 2, 3)
+  if kind == 'classifier':
+    direct = module.apply(variables, (images - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225]))
+    np.testing.assert_allclose(model.logits(images), direct, atol=1e-3)
+  assert convert.main(['export', '--from', f'{tmp_path}/dir', '--to', f'{tmp_path}/out.safetensors', '--to-format', 'official']) == 0
+  out = load_file(tmp_path / 'out.safetensors')
+  assert set(state) <= set(out) and all(
+    k.split('.')[-1] in ('relative_position_index', 'embed_avg', 'initted') for k in set(out) - set(state)
+  )
+  for k in state:
+    np.testing.assert_array_equal(out[k], state[k], err_msg=k)
+
+
+def test_heads_come_from_the_width_where_no_table_tells(tmp_path):
+  state = {k: v for k, v in random_state('tokenizer').items()}
+  c = convert.sizes.config_of('tokenizer', state, grid=(2, 3), heads=4)
+  assert c.model.encoder.heads == 4 and c.model.decoder.heads == 1
+  with pytest.raises(UserError, match='does not make a 2x2 grid; say which with --grid'):
+    convert.sizes.config_of('tokenizer', state)
+
+
+def test_pretraining_checkpoint_without_heads(tmp_path):
+  state = {k: v for k, v in random_state('pretrain').items() if not k.startswith(('lm_head', 'cls_pt'))}
+  save_file(state, tmp_path / 'in.safetensors')
+  convert.import_checkpoint('pretrain', tmp_path / 'in.safetensors', tmp_path / 'dir', grid=(2, 3))
+  model = beitv2_jax.load(tmp_path / 'dir')
+  assert model.features(np.zeros((1, 16, 24, 3), np.uint8))['cls'].shape == (1, 16)
+  with pytest.raises(UserError, match='without its lm_head'):
+    model.masked_logits(np.zeros((1, 16, 24, 3), np.uint8), np.zeros((1, 6), bool))
+
+
+def test_list_names_every_key(tmp_path, capsys):
+  save_file(random_state('classifier') | {'surprise': np.zeros(2, np.float32)}, tmp_path / 'x.safetensors')
+  assert convert.main(['import', '--kind', 'classifier', '--from', f'{tmp_path}/x.safetensors', '--list']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert any(line.split() == ['surprise', '(2,)', 'NO', 'HOME'] for line in lines)
+  assert any('blocks.1.attn.qkv.weight' in line and 'params/backbone/block_1/attn/qkv' in line for line in lines)
+
+
+def pth(path, data: bytes):
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('archive/data.pkl', data)
+
+
+class Evil:
+  def __reduce__(self):
+    return os.system, ('touch /tmp/beitv2_evil',)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+  pth(tmp_path / 'evil.pth', pickle.dumps({'model': Evil()}))
+  with pytest.raises(UserError, match=r'refused: the file wants to run (posix|os)\.system'):
+    files.read_state(tmp_path / 'evil.pth')
+  assert not os.path.exists('/tmp/beitv2_evil')
+
+
+def broken(tmp_path):
+  save = random_state('classifier')
+  save_file(save, tmp_path / 'good.safetensors')
+  (tmp_path / 'cut.safetensors').write_bytes((tmp_path / 'good.safetensors').read_bytes()[:-100])
+  pth(tmp_path / 'damaged.pth', pickle.dumps({'model': {}})[:-3])
+  (tmp_path / 'cut.pth').write_bytes(b'PK\x03\x04 nothing more')
+  pth(tmp_path / 'empty.pth', pickle.dumps({'model': {}}))
+
+
+@pytest.mark.parametrize(
+  'name, kind, words',
+  [
+    ('cut.safetensors', 'classifier', 'not a whole safetensors file'),
+    ('cut.pth', 'classifier', 'is cut off'),
+    ('damaged.pth', 'classifier', 'is damaged'),
+    ('empty.pth', 'classifier', 'holds no tensors'),
+    ('none.pth', 'classifier', 'no file'),
+    ('good.safetensors', 'tokenizer', 'this is not a tokenizer checkpoint'),
+    ('good.safetensors', 'pretrain', 'not a pretrain checkpoint'),
+  ],
+)
+def test_bad_files_leave_nothing_behind(tmp_path, capsys, name, kind, words):
+  broken(tmp_path)
+  args = ['import', '--kind', kind, '--from', f'{tmp_path}/{name}', '--to', f'{tmp_path}/dir', '--grid', '2x3']
+  assert convert.main(args) == 2
+  message = capsys.readouterr().err
+  assert message.startswith('error: ') and words in message and message.count('\n') == 1
+  assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_a_shape_that_does_not_fit_names_both_sides(tmp_path, capsys):
+  state = random_state('classifier')
+  state['blocks.1.norm1.weight'] = np.zeros(15, np.float32)
+  save_file(state, tmp_path / 'x.safetensors')
+  assert (
+    convert.main(['import', '--kind', 'classifier', '--from', f'{tmp_path}/x.safetensors', '--to', f'{tmp_path}/dir', '--grid', '2x3']) == 2
+  )
+  assert '(15,) against (16,)' in capsys.readouterr().err and not (tmp_path / 'dir').exists()
+
+
+def test_hugging_face_directory(tmp_path):
+  square = MIM(16, 3, 2, 8, (3, 3), 24, early_layer=1)
+  save_file(random_state('pretrain', square), tmp_path / 'in.safetensors')
+  convert.import_checkpoint('pretrain', tmp_path / 'in.safetensors', tmp_path / 'dir', early=1)
+  convert.export_checkpoint(tmp_path / 'dir', tmp_path / 'hf', 'hf')
+  config = json.loads((tmp_path / 'hf' / 'config.json').read_text())
+  assert config['layer_norm_eps'] == 1e-6 and config['use_shared_relative_position_bias'] and config['vocab_size'] == 24
+  assert (tmp_path / 'hf' / 'preprocessor_config.json').exists()
+  keys = load_file(tmp_path / 'hf' / 'model.safetensors').keys()
+  assert 'beit.encoder.layer.2.attention.attention.key.weight' in keys and not any('key.bias' in k or 'cls_pt' in k for k in keys)
+  with pytest.raises(UserError, match='timm has classifiers'):
+    convert.export_checkpoint(tmp_path / 'dir', tmp_path / 'x.safetensors', 'timm')
+  with pytest.raises(UserError, match='exists; remove it'):
+    convert.export_checkpoint(tmp_path / 'dir', tmp_path / 'hf', 'hf')
+
+
+def test_tree_diff_names_both_sides():
+  with pytest.raises(UserError, match=r'only in B: y.*only in A: x.*z \(1,\) against \(2,\)'):
+    handoff.check_same({'x': np.zeros(1), 'z': np.zeros(1)}, {'y': np.zeros(1), 'z': np.zeros(2)}, 'A', 'B')

@@ -1,0 +1,132 @@
+"""Our logits against timm and Hugging Face running our exported weights, and Flax teachers against their torch twins."""
+
+import jax
+import numpy as np
+import pytest
+
+import beitv2_jax
+from beitv2_jax import convert
+from beitv2_jax.models import teacher
+from beitv2_jax.models.classifier import Classifier
+from beitv2_jax.models.mim import MIM
+from beitv2_jax.weights import files
+from tests.test_convert import random_state
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip('torch', reason='make test-parity installs it')
+
+
+@pytest.fixture(autouse=True)
+def _exact():
+  with jax.default_matmul_precision('highest'):
+    yield
+
+
+def small(state):
+  """Random weights of a size that keeps activations near one."""
+  return {k: (1 + 0.1 * v if k.endswith('norm1.weight') or k.endswith('norm2.weight') else 0.2 * v) for k, v in state.items()}
+
+
+def imported(tmp_path, kind, module, **sizes):
+  """A .pth as torch writes it → our directory."""
+  state = small(random_state(kind, module))
+  torch.save({'module': {k: torch.from_numpy(v) for k, v in state.items()}, 'epoch': 3, 'args': None}, tmp_path / 'in.pth')
+  read = files.read_state(tmp_path / 'in.pth')
+  assert all((read[k] == v).all() for k, v in state.items()) and len(read) == len(state)
+  convert.import_checkpoint(kind, tmp_path / 'in.pth', tmp_path / 'dir', **sizes)
+  return beitv2_jax.load(tmp_path / 'dir')
+
+
+def images(n=2, size=32):
+  return np.random.default_rng(0).normal(size=(n, size, size, 3)).astype(np.float32)
+
+
+def nchw(x):
+  return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def import_timm():
+  real = torch.library.register_fake
+
+  def skip_torchvision(name, *args, **kwargs):  # PyPI's torchvision has no compiled operators for a CPU torch; timm needs none
+    return (lambda f: f) if isinstance(name, str) and name.startswith('torchvision::') else real(name, *args, **kwargs)
+
+  torch.library.register_fake = skip_torchvision
+  try:
+    import timm
+  finally:
+    torch.library.register_fake = real
+  return timm
+
+
+def test_timm(tmp_path):
+  model = imported(tmp_path, 'classifier', Classifier(32, 3, 2, 8, (4, 4), 7))
+  convert.export_checkpoint(tmp_path / 'dir', tmp_path / 'timm.safetensors', 'timm')
+  theirs = import_timm().create_model(
+    'beitv2_base_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7, checkpoint_path=str(tmp_path / 'timm.safetensors')
+  ).eval()  # fmt: skip
+  with torch.no_grad():
+    expected = theirs(nchw(images())).numpy()
+  np.testing.assert_allclose(model.logits(images(), normalize=False), expected, atol=1e-4)
+  assert expected.std() > 0.1
+
+
+def test_hugging_face_classifier(tmp_path):
+  from transformers import BeitForImageClassification, BeitModel
+
+  model = imported(tmp_path, 'classifier', Classifier(32, 3, 2, 8, (4, 4), 7))
+  convert.export_checkpoint(tmp_path / 'dir', tmp_path / 'hf', 'hf')
+  theirs, report = BeitForImageClassification.from_pretrained(tmp_path / 'hf', output_loading_info=True)
+  assert not report['missing_keys'] and not report['unexpected_keys']
+  with torch.no_grad():
+    expected = theirs.eval()(nchw(images())).logits.numpy()
+    hidden = BeitModel.from_pretrained(tmp_path / 'hf').eval()(nchw(images())).last_hidden_state.numpy()
+  np.testing.assert_allclose(model.logits(images(), normalize=False), expected, atol=1e-4)
+  np.testing.assert_allclose(model.features(images(), normalize=False)['patches'], hidden[:, 1:], atol=1e-4)
+
+
+def test_hugging_face_masked_image_modeling(tmp_path):
+  from transformers import BeitForMaskedImageModeling
+
+  model = imported(tmp_path, 'pretrain', MIM(32, 4, 2, 8, (4, 4), 24, early_layer=3), early=3)
+  convert.export_checkpoint(tmp_path / 'dir', tmp_path / 'hf', 'hf')
+  theirs, report = BeitForMaskedImageModeling.from_pretrained(tmp_path / 'hf', output_loading_info=True)
+  assert not report['missing_keys'] and not report['unexpected_keys']
+  mask = np.random.default_rng(1).random((2, 16)) < 0.4
+  with torch.no_grad():
+    expected = theirs.eval()(nchw(images()), bool_masked_pos=torch.from_numpy(mask)).logits.numpy()
+  np.testing.assert_allclose(model.masked_logits(images(), mask, normalize=False)[0], expected, atol=1e-4)
+
+
+def test_clip_teacher(tmp_path):
+  from transformers import CLIPConfig, CLIPModel
+
+  tower = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2)
+  config = CLIPConfig(text_config=dict(**tower, vocab_size=9), vision_config=dict(**tower, patch_size=8, image_size=32), projection_dim=24)
+  theirs = CLIPModel(config).eval()
+  for p in theirs.parameters():
+    torch.nn.init.normal_(p, std=0.2)
+  theirs.save_pretrained(tmp_path / 'clip')
+  ours, params = teacher.load('clip', str(tmp_path / 'clip'), (4, 4))
+  x = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
+  with torch.no_grad():
+    vision = theirs.vision_model(nchw(np.asarray(teacher.normalize(x, teacher.CLIP_MEAN, teacher.CLIP_STD))))
+    expected = theirs.visual_projection(theirs.vision_model.post_layernorm(vision.last_hidden_state[:, 1:])).numpy()
+  np.testing.assert_allclose(ours.apply(params, x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_dino_teacher(tmp_path):
+  from transformers import ViTConfig, ViTModel
+
+  config = ViTConfig(
+    hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2, patch_size=8, image_size=32, layer_norm_eps=1e-6
+  )
+  theirs = ViTModel(config, add_pooling_layer=False).eval()
+  for p in theirs.parameters():
+    torch.nn.init.normal_(p, std=0.2)
+  theirs.save_pretrained(tmp_path / 'dino')
+  ours, params = teacher.load('dino', str(tmp_path / 'dino'), (4, 4))
+  x = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
+  with torch.no_grad():
+    expected = theirs(nchw(np.asarray(teacher.normalize(x, teacher.IMAGENET_MEAN, teacher.IMAGENET_STD)))).last_hidden_state[:, 1:].numpy()
+  np.testing.assert_allclose(ours.apply(params, x), expected, atol=1e-4, rtol=1e-4)
