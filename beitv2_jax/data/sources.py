@@ -96,7 +96,7 @@ class Folder:
         f'{root} has a train folder but none of {", ".join(SPLITS["eval"])} for evaluation: add one, or point at {root}/train to hold out a share of it.'
       )
     base = own or root
-    files = sorted(_images(base))
+    files = images_under(base)
     folders = sorted({f.parent.relative_to(base).parts[0] for f in files if f.parent != base})
     if not files:
       raise UserError(f'no images under {base}: looked for {" ".join(sorted(EXTENSIONS))} in it and its sub-folders.')
@@ -125,11 +125,10 @@ class Folder:
     return str(self.files[i])
 
 
-def _images(root: Path):
-  for folder, _, names in os.walk(root, followlinks=True):
-    for name in names:
-      if os.path.splitext(name)[1].lower() in EXTENSIONS:
-        yield Path(folder, name)
+def images_under(root: Path) -> list[Path]:
+  """All files with an image's extension in `root` and its sub-folders, sorted."""
+  walk = os.walk(root, followlinks=True)
+  return sorted(Path(folder, n) for folder, _, names in walk for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS)
 
 
 class Tfds:
