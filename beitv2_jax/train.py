@@ -151,10 +151,14 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
       rate = metrics.rate(step)
       speed = dict(steps_per_second=rate, images_per_second=rate * c.batch_size, input_wait=wait)
       metrics.write(step, 'train', values | speed)
+      warning = task.warning(step, values)
+      if warning and not warned:
+        warned.append(step)
+        metrics.say(f'warning at step {step}: {warning}')
 
   train_step = jax.jit(make_train_step(task, tx, schedule), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
   signals = _Signals()
-  step, pending, results = start, None, {}
+  step, pending, results, warned = start, None, {}, []
   try:
     with signals:
       if step < steps:

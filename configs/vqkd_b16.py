@@ -6,6 +6,7 @@ Expected: 100 % of the codes used with decoder=1, 97 % with decoder=3, 100 % wit
 
   python -m beitv2_jax.main --config=configs/vqkd_b16.py --workdir=runs/vqkd_b16
   python -m beitv2_jax.main --config=configs/vqkd_b16.py:teacher=dino,decoder=1 --workdir=runs/vqkd_b16_dino
+  python -m beitv2_jax.main --config=configs/vqkd_b16.py:small_data --workdir=runs/mine --config.data.source=folder:PATH
   python -m beitv2_jax.main --config=configs/vqkd_b16.py:smoke --workdir=runs/smoke
 """
 
@@ -15,7 +16,7 @@ from beitv2_jax import config
 
 
 def get_config(arg=None):
-  arg = config.parse_arg(arg, teacher='clip', decoder=3, smoke=False)
+  arg = config.parse_arg(arg, teacher='clip', decoder=3, small_data=False, smoke=False)
   c = config.base('tokenizer').unlock()
   c.batch_size = 512
   c.epochs = 100.0
@@ -27,6 +28,7 @@ def get_config(arg=None):
       kmeans=True,  # start from k-means of the first global batch
       kmeans_samples=0,  # 0: all its tokens; the official code saw one device's 12,544
       beta=1.0,  # weight of the commitment loss
+      revive=0.01 if arg.small_data else 0.0,  # chance a step that a dead code moves onto a token; 0 as the official code
     )
   )
   c.optim.update(

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from beitv2_jax.models import quantizer
 from beitv2_jax.models.quantizer import Quantizer, l2norm
@@ -67,3 +68,29 @@ def test_l2norm_is_safe_at_zero():
   grad = jax.grad(lambda x: l2norm(x).sum())(jnp.zeros(4))
   assert jnp.isfinite(grad).all()
   np.testing.assert_array_equal(l2norm(jnp.zeros((2, 4))), 0)
+
+
+@pytest.mark.parametrize('chance', [0.0, 0.05])
+def test_a_starved_codebook_recovers_only_with_revival(chance):
+  """32 codes, of which 28 point away from all tokens; the tokens have 16 clusters."""
+  rng = np.random.default_rng(0)
+  centres = np.abs(rng.normal(size=(16, 8)))
+  book = np.concatenate([np.abs(rng.normal(size=(4, 8))), -np.abs(rng.normal(size=(28, 8)))])
+  embedding, usage = l2norm(jnp.asarray(book, jnp.float32)), jnp.zeros(32)
+
+  @jax.jit
+  def step(embedding, usage, z, key):
+    codes = quantizer.nearest(z, embedding)
+    counts, sums = quantizer.cluster_sums(z, codes, 32)
+    usage = 0.9 * usage + 0.1 * counts
+    embedding = quantizer.ema_update(embedding, counts, sums, 0.9)
+    if chance:
+      embedding, usage = quantizer.revive(key, embedding, usage, z, chance)
+    return embedding, usage, counts
+
+  for i in range(200):
+    z = l2norm(jnp.asarray(centres[rng.integers(0, 16, 256)] + 0.05 * rng.normal(size=(256, 8)), jnp.float32))
+    embedding, usage, counts = step(embedding, usage, z, jax.random.key(i))
+  alive = 32 - int(quantizer.dead(usage).sum())
+  assert alive >= 24 if chance else alive <= 4
+  np.testing.assert_allclose(jnp.linalg.norm(embedding, axis=1), 1, atol=1e-5)

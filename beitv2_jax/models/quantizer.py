@@ -55,6 +55,23 @@ def kmeans_start(key: jax.Array, samples: jax.Array, size: int, max_samples: int
   return kmeans(samples, samples[rows])
 
 
+def dead(usage: jax.Array, share: float = 0.01) -> jax.Array:
+  """Codes [K] that get less than `share` of the average code's tokens, by the EMA of the last few hundred steps."""
+  return usage < share * usage.mean()
+
+
+def revive(key: jax.Array, embedding: jax.Array, usage: jax.Array, z: jax.Array, chance: float) -> tuple[jax.Array, jax.Array]:
+  """Dead codes move onto random tokens of this batch, each with probability `chance` a step; their usage restarts at the mean.
+
+  Not in the paper or the official code: for data sets too small to feed 8192 codes.
+  """
+  which, where = jax.random.split(key)
+  chosen = dead(usage) & jax.random.bernoulli(which, chance, usage.shape)
+  tokens = z.reshape(-1, z.shape[-1])
+  fresh = tokens[jax.random.randint(where, usage.shape, 0, len(tokens))]
+  return jnp.where(chosen[:, None], fresh, embedding), jnp.where(chosen, usage.mean(), usage)
+
+
 class Quantizer(nn.Module):
   """z [B, N, C] unit vectors → (straight-through codes [B, N, C], indices [B, N], commitment loss, counts [K]).
 

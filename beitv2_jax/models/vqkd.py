@@ -88,7 +88,8 @@ class VQKD(nn.Module):
     return self.quantizer(self.encode(images))[1]
 
   def __call__(self, images):
-    """→ dict of `features` [B, N, V], `codes` [B, N], `commitment` (scalar), `counts` [K]."""
-    quantized, codes, commitment, counts = self.quantizer(self.encode(images))
+    """→ dict of `features` [B, N, V], `codes` [B, N], `commitment` (scalar), `counts` [K], `z` [B, N, C]."""
+    z = self.encode(images)
+    quantized, codes, commitment, counts = self.quantizer(z)
     grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
-    return dict(features=self.decode(quantized, grid), codes=codes, commitment=commitment, counts=counts)
+    return dict(features=self.decode(quantized, grid), codes=codes, commitment=commitment, counts=counts, z=z)

@@ -31,6 +31,10 @@ class Task:
     """(scalar, (new model_state, scalar metrics)) of a training batch."""
     raise NotImplementedError
 
+  def warning(self, step: int, values: dict[str, float]) -> str | None:
+    """What is wrong with these training metrics and what to do, if anything is. Said once a run."""
+    return None
+
   def evaluate(self, params: Any, model_state: Any, frozen: Any, batch: dict) -> dict[str, jax.Array]:
     """{name: [B, ...]} values of every example; the loop averages them over the valid ones."""
     raise NotImplementedError

@@ -117,8 +117,22 @@ class TokenizerTask(Task):
   def loss(self, params, model_state, frozen, batch, key):
     out, distance, model_state = self._forward({'params': params, **model_state}, frozen, batch['image'], mutable=['codebook'])
     rec_loss, quant_loss = distance.mean(), self.config.codebook.beta * out['commitment']
+    book = model_state['codebook']['quantizer']
     metrics = dict(rec_loss=rec_loss, quant_loss=quant_loss, **code_statistics(out['counts']))
+    metrics['dead_codes'] = 100 * quantizer.dead(book['usage']).mean()
+    if self.config.codebook.revive > 0:
+      z = jax.lax.stop_gradient(out['z'])
+      embedding, usage = quantizer.revive(key, book['embedding'], book['usage'], z, self.config.codebook.revive)
+      model_state = {'codebook': {'quantizer': book | dict(embedding=embedding, usage=usage)}}
     return rec_loss + quant_loss, (model_state, metrics)
+
+  def warning(self, step, values):
+    if step < 500 or values['dead_codes'] < 30:
+      return None
+    return (
+      f'{values["dead_codes"]:.0f} % of the codes are dead: the codebook is collapsing. Fewer codes (model.codes), more images or a larger batch '
+      'help; codebook.revive=0.01 moves dead codes onto tokens of the batch (configs/vqkd_b16.py:small_data).'
+    )
 
   def evaluate(self, params, model_state, frozen, batch):
     out, distance, _ = self._forward({'params': params, **model_state}, frozen, batch['image'])
