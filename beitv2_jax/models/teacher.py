@@ -20,6 +20,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models.vit import resize_pos_embed
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it would warn that torch is missing
+os.environ.setdefault('HF_HUB_VERBOSITY', 'error')  # our own error says what a missing network means
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
