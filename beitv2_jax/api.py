@@ -11,6 +11,7 @@ from beitv2_jax import checkpoint, sharding
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
+from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.tasks import pretrain, tokenizer
 
 
@@ -18,9 +19,15 @@ def build_classifier(c: Any) -> Classifier:
   return Classifier(grid=tokenizer.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict())
 
 
+def build_segmenter(c: Any) -> Segmenter:
+  m = c.model.to_dict()
+  m |= {k: tuple(m[k]) for k in ('out_indices', 'pool_scales')}  # JSON made them lists
+  return Segmenter(grid=tokenizer.patch_grid(c), dtype=jnp.dtype(c.dtype), **m)
+
+
 def build(c: Any) -> Any:
   """The Flax module of a config. Raises UserError for stages that leave no such model."""
-  builders = dict(tokenizer=tokenizer.build, pretrain=pretrain.build, classifier=build_classifier)
+  builders = dict(tokenizer=tokenizer.build, pretrain=pretrain.build, classifier=build_classifier, segmenter=build_segmenter)
   if c.task not in builders:
     raise UserError(f'a {c.task} stage has no model to load here; use the workdir of one of {", ".join(builders)}.')
   return builders[c.task](c)
@@ -44,24 +51,24 @@ class Model:
 
   def tokens(self, images, normalize: bool = True) -> jax.Array:
     """Codes of every patch, int32 [B, Gh, Gw]. Tokenizers only."""
-    x = self._input(images, normalize, 'tokenizer')
+    x = self._input(images, normalize, ('tokenizer',))
     return self._call('tokens', x).reshape(-1, *self.grid)
 
   def reconstruct(self, images, normalize: bool = True) -> jax.Array:
     """The decoder's prediction of the teacher's features, [B, N, V]. Tokenizers only."""
-    return self._call('features', self._input(images, normalize, 'tokenizer'))
+    return self._call('features', self._input(images, normalize, ('tokenizer',)))
 
   def features(self, images, normalize: bool = True, layers: bool = False) -> dict[str, Any]:
     """{'cls' [B, D], 'patches' [B, N, D]} of the last block, raw; `layers=True` adds 'layers': the same of each block."""
-    return self._call('states' if layers else 'last', self._input(images, normalize, None))
+    return self._call('states' if layers else 'last', self._input(images, normalize))
 
   def logits(self, images, normalize: bool = True) -> jax.Array:
-    """Class scores [B, classes]. Classifiers only."""
-    return self._call('classify', self._input(images, normalize, 'classifier'))
+    """Class scores: [B, classes] of a classifier, [B, 4Gh, 4Gw, classes] of a segmenter (a quarter of the image at 16 px patches)."""
+    return self._call('scores', self._input(images, normalize, ('classifier', 'segmenter')))
 
   def masked_logits(self, images, mask, normalize: bool = True) -> list[jax.Array]:
     """One array [B, N, K] a branch for images whose patches in `mask` (bool [B, N] or [B, Gh, Gw]) are hidden."""
-    x = self._input(images, normalize, 'pretrain')
+    x = self._input(images, normalize, ('pretrain',))
     if not self.config.model.vocab:
       raise UserError('this checkpoint came without its lm_head: there are no codes to predict.')
     mask = jnp.asarray(mask, bool).reshape(len(x), -1)
@@ -69,9 +76,9 @@ class Model:
       raise UserError(f'mask has {mask.shape[1]} cells an image; this model has a {self.grid} grid.')
     return self._call('logits', x, mask)
 
-  def _input(self, images, scale: bool, kind: str | None) -> jax.Array:
-    if kind and self.kind != kind:
-      raise UserError(f'this is a {self.kind} model; that needs a {kind} model.')
+  def _input(self, images, scale: bool, kinds: tuple[str, ...] = ()) -> jax.Array:
+    if kinds and self.kind not in kinds:
+      raise UserError(f'this is a {self.kind} model; that needs a {" or ".join(kinds)} model.')
     images = jnp.asarray(images)
     h, w, _ = tokenizer.image_shape(self.config)
     if images.ndim != 4 or images.shape[-1] != 3:
@@ -117,7 +124,7 @@ class Model:
       tokens=lambda v, x: module.apply(v, x, method='tokens'),
       features=lambda v, x: module.apply(v, x)['features'],
       logits=lambda v, x, mask: module.apply(v, x, mask),
-      classify=lambda v, x: module.apply(v, x),
+      scores=lambda v, x: module.apply(v, x)[0] if self.kind == 'segmenter' else module.apply(v, x),
       last=last,
       states=with_layers,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from beitv2_jax.errors import UserError
@@ -49,6 +50,7 @@ def base(task: str) -> ConfigDict:
       eps=1e-8,
       weight_decay=0.05,
       clip_norm=0.0,  # 0: no clipping
+      layer_decay=1.0,  # factor of the learning rate from one block to the one before it
       no_decay=('.*pos_embed', '.*cls_token'),  # beside vectors and biases
     )
   )
@@ -125,7 +127,7 @@ def check(c: ConfigDict) -> None:
         f'{name}={size} does not divide over {data} data devices on {jax.process_count()} processes; use a multiple of {data}.'
       )
   patch = c.model.get('patch_size') if 'model' in c else None
-  if patch and c.data.image_size % patch:
+  if patch and any(side % patch for side in np.atleast_1d(c.data.image_size)):
     raise UserError(f'data.image_size={c.data.image_size} is not a multiple of model.patch_size={patch}.')
   if c.dtype not in ('bfloat16', 'float32'):
     raise UserError(f"dtype={c.dtype!r}; use 'bfloat16' or 'float32'.")

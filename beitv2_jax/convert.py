@@ -29,12 +29,18 @@ from beitv2_jax.weights import files, huggingface, official, sizes
 KINDS = tuple(official.TABLES)
 
 
+def _read(kind: str, source: str | Path) -> dict[str, np.ndarray]:
+  """The arrays of a file under official names, whether it has those or Hugging Face's."""
+  state = files.read_state(source)
+  return huggingface.to_official(kind, state) if huggingface.is_theirs(state) else state
+
+
 def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes_given: Any) -> None:
-  """Reads an official .pth or .safetensors file and writes a directory that `beitv2_jax.load` opens.
+  """Reads an official .pth or .safetensors file, or a Hugging Face model.safetensors, and writes a directory that `beitv2_jax.load` opens.
 
   Raises UserError if the file is broken, of another kind or does not fit; then nothing is written.
   """
-  state = files.read_state(source)
+  state = _read(kind, source)
   c = sizes.config_of(kind, state, **sizes_given)
   heads = dict(encoder=c.model.encoder.heads, decoder=c.model.decoder.heads) if kind == 'tokenizer' else dict(encoder=c.model.heads)
   variables = official.to_ours(kind, state, heads)
@@ -66,6 +72,8 @@ def export_checkpoint(source: str | Path, target: str | Path, form: str) -> None
   if kind not in KINDS:
     raise UserError(f'a {kind} stage has no official form; one of {", ".join(KINDS)} has.')
   state, grid = official.from_ours(kind, variables), tokenizer.patch_grid(c)
+  # A buffer that torch insists on when it loads batch norms.
+  state |= {k.replace('running_mean', 'num_batches_tracked'): np.zeros((), np.int64) for k in state if k.endswith('running_mean')}
   if form == 'hf':
     state, config, preprocessor = huggingface.convert(kind, c, state, grid)
 
@@ -98,7 +106,7 @@ def _write_tensors(path: Path, state: dict[str, np.ndarray]) -> None:
   else:
     from safetensors.numpy import save_file
 
-    save_file({k: np.ascontiguousarray(v) for k, v in state.items()}, path, metadata={'format': 'pt'})
+    save_file({k: np.array(v, order='C') for k, v in state.items()}, path, metadata={'format': 'pt'})
 
 
 def _write_beside(target: Path, write: Callable[[Path], None], folder: bool = True) -> None:
@@ -119,7 +127,7 @@ def _write_beside(target: Path, write: Callable[[Path], None], folder: bool = Tr
 
 def list_keys(kind: str, source: str | Path) -> str:
   """Every key, its shape and where it goes."""
-  state = files.read_state(source)
+  state = _read(kind, source)
   places = {None: 'NO HOME', '': 'dropped, as the official loader does'}
   lines = [(k, str(tuple(v.shape)), places.get(h := official.home(kind, k), h)) for k, v in sorted(state.items())]
   widths = [max(len(line[i]) for line in lines) for i in (0, 1)]
@@ -129,6 +137,10 @@ def list_keys(kind: str, source: str | Path) -> str:
 def _grid(text: str) -> tuple[int, int]:
   h, _, w = text.partition('x')
   return int(h), int(w)
+
+
+def _indices(text: str) -> tuple[int, ...]:
+  return tuple(int(i) for i in text.split(','))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
   imp.add_argument('--decoder-num-heads', type=int)
   imp.add_argument('--grid', type=_grid, help='HxW patches, where they are not a square')
   imp.add_argument('--early-layer', type=int, help='block whose patches the aggregation reads; default depth-3, as in the official models')
+  imp.add_argument('--out-indices', type=_indices, help='blocks a segmenter reads, from 0; default 3,5,7,11 of 12 and 7,11,15,23 of 24')
   exp = commands.add_parser('export', help='a directory → official, timm or Hugging Face files')
   exp.add_argument('--from', dest='source', required=True)
   exp.add_argument('--to', required=True)
@@ -159,7 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     elif not args.to:
       raise UserError('give --to DIR, or --list to look first.')
     else:
-      given = dict(heads=args.num_heads, decoder_heads=args.decoder_num_heads, grid=args.grid, early=args.early_layer)
+      given = dict(
+        heads=args.num_heads, decoder_heads=args.decoder_num_heads, grid=args.grid, early=args.early_layer, out_indices=args.out_indices
+      )
       import_checkpoint(args.kind, args.source, args.to, **given)
     print(f'wrote {args.to}')
     return 0

@@ -36,6 +36,25 @@ def decay_mask(params: Any, no_decay: Sequence[str]) -> Any:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def layer_scales(params: Any, decay: float) -> Any:
+  """Layer-wise learning rate decay: the factor of every parameter, decay^(L+1-i) for L blocks.
+
+  i is 0 for the tokens, positions and patch embedding of the backbone, b+1 for its block b (from 0), L+1 for all the rest.
+  """
+  names = [re.match(r'backbone/block_(\d+)/', name) for name in handoff.flatten(params)]
+  depth = len({m[1] for m in names if m})
+
+  def scale(path, x):
+    name = handoff.path_name(path)
+    if block := re.match(r'backbone/block_(\d+)/', name):
+      layer = int(block[1]) + 1
+    else:
+      layer = 0 if re.match('backbone/(cls_token|mask_token|pos_embed|patch_embed/)', name) else depth + 1
+    return decay ** (depth + 1 - layer)
+
+  return jax.tree_util.tree_map_with_path(scale, params)
+
+
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   """torch's clip_grad_norm_: factor min(1, max_norm / (norm + 1e-6))."""
 
@@ -47,12 +66,14 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def make(c: Any, steps: int, warmup: int) -> tuple[optax.GradientTransformation, Callable]:
-  """AdamW with decoupled decay: p ← p - lr·(m̂/(√v̂+eps) + wd·p). Returns it and the schedule, for logging."""
+  """AdamW with decoupled decay: p ← p - lr·scale·(m̂/(√v̂+eps) + wd·p). Returns it and the schedule, for logging."""
   schedule = cosine_schedule(c.lr, c.min_lr, warmup, steps)
+  by_layer = optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, layer_scales(params, c.layer_decay)))
   tx = optax.chain(
     clip_by_global_norm(c.clip_norm) if c.clip_norm > 0 else optax.identity(),
     optax.scale_by_adam(c.b1, c.b2, c.eps),
     optax.add_decayed_weights(c.weight_decay, mask=lambda p: decay_mask(p, c.no_decay)),
+    by_layer if c.layer_decay < 1 else optax.identity(),
     optax.scale_by_learning_rate(schedule),
   )
   return tx, schedule

@@ -16,6 +16,7 @@ from beitv2_jax import checkpoint, convert, handoff, sharding
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MIM
+from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.weights import files, official
 
@@ -23,6 +24,7 @@ MODULES = {
   'tokenizer': VQKD((2, 3), 8, 24, 4, 8, 128, 2, 2, 64, 1, 1),
   'pretrain': MIM(16, 4, 2, 8, (2, 3), 24, early_layer=1, shared_head=False),
   'classifier': Classifier(16, 2, 4, 8, (2, 3), 5),
+  'segmenter': Segmenter(16, 3, 4, 8, (2, 3), 5, (0, 0, 1, 2), channels=8, aux_channels=4),
 }
 
 
@@ -32,7 +34,8 @@ def random_state(kind, module=None):
   h, w = (8 * g for g in module.grid)
   shapes = sharding.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, h, w, 3)))))
   rng = np.random.default_rng(0)
-  return official.from_ours(kind, jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes))
+  state = official.from_ours(kind, jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes))
+  return {k: np.abs(v) + 0.5 if k.endswith('running_var') else v for k, v in state.items()}
 
 
 @pytest.mark.parametrize('kind', MODULES)
@@ -40,7 +43,8 @@ def test_import_reads_the_sizes_and_export_gives_the_same_bits(tmp_path, kind):
   state = random_state(kind)
   save_file(state | {'blocks.0.attn.relative_position_index': np.zeros((7, 7), np.int64)}, tmp_path / 'in.safetensors')
   args = ['import', '--kind', kind, '--from', f'{tmp_path}/in.safetensors', '--to', f'{tmp_path}/dir', '--grid', '2x3']
-  assert convert.main(args + (['--early-layer', '1'] if kind == 'pretrain' else [])) == 0
+  extra = dict(pretrain=['--early-layer', '1'], segmenter=['--out-indices', '0,0,1,2']).get(kind, [])
+  assert convert.main(args + extra) == 0
   c, variables, _ = checkpoint.load_variables(tmp_path / 'dir')
   module = MODULES[kind]
   assert c.data.image_size == [16, 24]
@@ -56,10 +60,12 @@ def test_import_reads_the_sizes_and_export_gives_the_same_bits(tmp_path, kind):
   if kind == 'classifier':
     direct = module.apply(variables, (images - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225]))
     np.testing.assert_allclose(model.logits(images), direct, atol=1e-3)
+  if kind == 'segmenter':
+    assert model.logits(images).shape == (2, 8, 12, 5)
   assert convert.main(['export', '--from', f'{tmp_path}/dir', '--to', f'{tmp_path}/out.safetensors', '--to-format', 'official']) == 0
   out = load_file(tmp_path / 'out.safetensors')
   assert set(state) <= set(out) and all(
-    k.split('.')[-1] in ('relative_position_index', 'embed_avg', 'initted') for k in set(out) - set(state)
+    k.split('.')[-1] in ('relative_position_index', 'embed_avg', 'initted', 'num_batches_tracked') for k in set(out) - set(state)
   )
   for k in state:
     np.testing.assert_array_equal(out[k], state[k], err_msg=k)

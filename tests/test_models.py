@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from beitv2_jax.models import layers, vit
+from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MIM, mask_from_index
+from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
-
-IMAGE = jnp.zeros((1, 224, 224, 3))
 
 
 def init(module, images):
@@ -18,7 +18,8 @@ def init(module, images):
 
 
 def count(module):
-  variables = jax.eval_shape(lambda: module.init(jax.random.key(0), IMAGE))
+  h, w = (16 * g for g in module.grid)
+  variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, h, w, 3))))
   return sum(x.size for x in jax.tree.leaves(variables['params']))
 
 
@@ -33,6 +34,13 @@ def count(module):
     (VQKD((14, 14), 16, 8192, 32, 512), 108_829_216),
     (VQKD((14, 14), 16, 8192, 32, 512, decoder_depth=1), 94_655_008),
     (VQKD((14, 14), 16, 8192, 32, 768, decoder_depth=1), 94_851_872),
+    (Classifier(768, 12, 12, 16, (14, 14), 1000), 86_530_984),
+    (Classifier(768, 12, 12, 16, (14, 14), 21841), 102_557_713),
+    (Classifier(768, 12, 12, 16, (24, 24), 1000), 86_744_104),
+    (Classifier(1024, 24, 16, 16, (14, 14), 1000), 304_430_568),
+    (Classifier(1024, 24, 16, 16, (14, 14), 21841), 325_792_593),
+    (Segmenter(768, 12, 12, 16, (32, 32), 150), 163_080_812),
+    (Segmenter(1024, 24, 16, 16, (32, 32), 150, (7, 11, 15, 23), channels=1024), 440_398_636),
   ],
 )
 def test_parameter_counts(module, parameters):

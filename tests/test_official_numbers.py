@@ -14,6 +14,7 @@ from beitv2_jax import handoff, sharding
 from beitv2_jax.models import quantizer
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MIM
+from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.weights import official
 
@@ -140,6 +141,7 @@ def test_map_round_trip_is_bit_equal(kind):
     'tokenizer': VQKD((4, 4), 8, 24, 4, 8, 16, 2, 2, 32, 1, 4),
     'pretrain': MIM(16, 2, 2, 8, (4, 4), 24, early_layer=1, shared_head=False),
     'classifier': Classifier(16, 2, 2, 8, (4, 4), 5),
+    'segmenter': Segmenter(16, 4, 2, 8, (4, 4), 5, (0, 1, 2, 3), channels=8, aux_channels=4),
   }[kind]
   shapes = sharding.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), images())))
   variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)

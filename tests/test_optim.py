@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from beitv2_jax import handoff, optim, sharding, tasks
+from beitv2_jax.models.classifier import Classifier
 from configs import beitv2_b16, beitv2_l16, vqkd_b16
 from tests.conftest import smoke
 
@@ -51,6 +52,31 @@ def test_what_decays_in_the_tokenizer():
   for block in ('encoder/vit/block_0', 'encoder/vit/block_1', 'decoder/vit/block_0'):
     expected |= {f'{block}/{w}' for w in ('attn/qkv', 'attn/proj', 'fc1/kernel', 'fc2/kernel')}
   assert decayed('tokenizer') == expected
+
+
+def test_layer_wise_decay():
+  """Official values of the patch embedding, and every group of a base model."""
+  params = sharding.unbox(jax.eval_shape(Classifier(768, 12, 12, 16, (14, 14), 10).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3))))
+  for decay, first in ((0.6, 0.00130607), (0.65, 0.00369721), (0.75, 0.02375726)):
+    scales = handoff.flatten(optim.layer_scales(params['params'], decay))
+    np.testing.assert_allclose(scales['backbone/patch_embed/kernel'], first, rtol=3e-6)
+    assert scales['backbone/cls_token'] == scales['backbone/patch_embed/kernel']
+    for block in range(12):
+      mine = {v for k, v in scales.items() if k.startswith(f'backbone/block_{block}/')}
+      assert mine == {decay ** (12 - block)}
+    assert scales['fc_norm/scale'] == scales['head/kernel'] == 1
+  shared = {'backbone': {'rel_pos_bias': {'table': 0}, 'mask_token': 0, 'block_0': {'gamma1': 0}}}
+  assert optim.layer_scales(shared, 0.5) == {'backbone': {'rel_pos_bias': {'table': 1.0}, 'mask_token': 0.25, 'block_0': {'gamma1': 0.5}}}
+
+
+def test_layer_wise_decay_scales_the_step_and_the_weight_decay():
+  c = vqkd_b16.get_config().optim.copy_and_resolve_references().unlock()
+  c.update(lr=0.1, min_lr=0.1, weight_decay=0.5, layer_decay=0.5)
+  tx, _ = optim.make(c, 10, 0)
+  params = {'backbone': {'block_0': {'fc1': {'kernel': jnp.ones((2, 2))}}}, 'head': {'kernel': jnp.ones((2, 2))}}
+  updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+  np.testing.assert_allclose(updates['head']['kernel'], -0.1 * (1 + 0.5), rtol=1e-5)
+  np.testing.assert_allclose(updates['backbone']['block_0']['fc1']['kernel'], -0.05 * (1 + 0.5), rtol=1e-5)
 
 
 def test_adamw_step_by_hand():

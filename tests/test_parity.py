@@ -6,9 +6,10 @@ import pytest
 
 import beitv2_jax
 from beitv2_jax import convert
-from beitv2_jax.models import teacher
+from beitv2_jax.models import teacher, upernet
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MIM
+from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.weights import files
 from tests.test_convert import random_state
 
@@ -96,6 +97,46 @@ def test_hugging_face_masked_image_modeling(tmp_path):
   with torch.no_grad():
     expected = theirs.eval()(nchw(images()), bool_masked_pos=torch.from_numpy(mask)).logits.numpy()
   np.testing.assert_allclose(model.masked_logits(images(), mask, normalize=False)[0], expected, atol=1e-4)
+
+
+def test_hugging_face_segmentation(tmp_path):
+  """Loaded as it stands; the last block of the backbone is read, which theirs has no index for without the spare block."""
+  from transformers import BeitForSemanticSegmentation
+
+  module = Segmenter(32, 4, 2, 8, (6, 6), 7, (0, 1, 2, 3), channels=32, aux_channels=16)
+  model = imported(tmp_path, 'segmenter', module, out_indices=(0, 1, 2, 3))
+  convert.export_checkpoint(tmp_path / 'dir', tmp_path / 'hf', 'hf')
+  theirs, report = BeitForSemanticSegmentation.from_pretrained(tmp_path / 'hf', output_loading_info=True)
+  assert not report['missing_keys'] and not report['unexpected_keys']
+  x = images(size=48)
+  with torch.no_grad():
+    expected = theirs.eval()(nchw(x)).logits.numpy().transpose(0, 2, 3, 1)
+  np.testing.assert_allclose(model.logits(x, normalize=False), expected, atol=1e-4)
+  # and back: their file under their names is read as it is
+  theirs.save_pretrained(tmp_path / 'again')
+  convert.import_checkpoint('segmenter', tmp_path / 'again' / 'model.safetensors', tmp_path / 'back', out_indices=(0, 1, 2, 3))
+  back = beitv2_jax.load(tmp_path / 'back')
+  np.testing.assert_array_equal(
+    back.variables['params']['backbone']['block_3']['attn']['qkv'], model.variables['params']['backbone']['block_3']['attn']['qkv']
+  )
+  np.testing.assert_allclose(back.logits(x, normalize=False), expected, atol=1e-4)
+
+
+def test_batch_norm_and_resampling_are_torchs():
+  """Also in training mode: the running variance is the unbiased one, and bins and borders are torch's."""
+  x = np.random.default_rng(0).normal(size=(3, 7, 10, 4)).astype(np.float32)
+  theirs = torch.nn.BatchNorm2d(4)
+  expected = theirs.train()(nchw(x)).detach().numpy().transpose(0, 2, 3, 1)
+  ours = upernet.BatchNorm()
+  y, new = ours.apply(ours.init(jax.random.key(0), x, False), x, True, mutable=['batch_stats'])
+  np.testing.assert_allclose(y, expected, atol=1e-5)
+  np.testing.assert_allclose(new['batch_stats']['mean'], theirs.running_mean, atol=1e-6)
+  np.testing.assert_allclose(new['batch_stats']['var'], theirs.running_var, atol=1e-6)
+  for size in ((3, 4), (14, 21)):
+    linear = torch.nn.functional.interpolate(nchw(x), size=size, mode='bilinear', align_corners=False).numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(upernet.resample(x, size), linear, atol=1e-5)
+  pooled = torch.nn.functional.adaptive_avg_pool2d(nchw(x), (3, 6)).numpy().transpose(0, 2, 3, 1)
+  np.testing.assert_allclose(upernet.resample(x, (3, 6), upernet.pool_weights), pooled, atol=1e-5)
 
 
 def test_clip_teacher(tmp_path):

@@ -6,12 +6,12 @@ A teacher maps images [B, h, w, 3] in [0, 1] to features [B, N, V] on the studen
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,12 +105,6 @@ def _warnings_of_transformers():
     logger.propagate = propagate
 
 
-def _fit_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """Position embedding [1+N, D] → the student's grid, as the official code interpolates its teachers."""
-  side = int(round((len(table) - 1) ** 0.5))
-  return np.asarray(resize_pos_embed(jnp.asarray(table)[None], (side, side), grid)[0])
-
-
 def _resized(images: jax.Array, size: tuple[int, int]) -> jax.Array:
   """To the teacher's input size; bicubic and antialiased where that differs from the student's."""
   if images.shape[1:3] == size:
@@ -119,35 +113,42 @@ def _resized(images: jax.Array, size: tuple[int, int]) -> jax.Array:
   return jnp.clip(jax.image.resize(images, shape, 'cubic'), 0, 1)
 
 
-def _patch_input(config, grid) -> tuple[int, int]:
-  if grid[0] != grid[1]:
-    raise UserError(f"the patch grid is {grid}; transformers' Flax teachers need a square one. Use a square image.")
-  size = config.patch_size * grid[0]
-  config.image_size = size
-  return (size, size)
+def _embedded(patches: jax.Array, cls: jax.Array, table: jax.Array) -> jax.Array:
+  """[B, Gh, Gw, D] patches → [B, T, D] tokens. The position table [1, 1+N, D] is resized as the official code does for its teachers.
+
+  transformers' own embedding layers only know the square grid that they were trained on.
+  """
+  b, gh, gw, d = patches.shape
+  side = math.isqrt(table.shape[1] - 1)
+  tokens = jnp.concatenate([jnp.broadcast_to(cls.astype(patches.dtype), (b, 1, d)), patches.reshape(b, -1, d)], 1)
+  return tokens + resize_pos_embed(table.astype(jnp.float32), (side, side), (gh, gw)).astype(patches.dtype)
+
+
+def _input_size(config, grid) -> tuple[int, int]:
+  return config.patch_size * grid[0], config.patch_size * grid[1]
 
 
 def _clip(model, params, grid, dtype):
   import transformers
 
   config = model.config.vision_config
-  size = _patch_input(config, grid)
+  size = _input_size(config, grid)
   module = transformers.FlaxCLIPVisionModel(config, _do_init=False, dtype=dtype).module
-  vision = dict(params['vision_model'])
-  vision['embeddings'] = dict(vision['embeddings'])
-  positions = _fit_positions(np.asarray(vision['embeddings']['position_embedding']['embedding'], np.float32), grid)
-  vision['embeddings']['position_embedding'] = {'embedding': positions}
-  params = _numpy({'vision_model': vision, 'visual_projection': params['visual_projection']})
-  norm = nn.LayerNorm(config.layer_norm_eps, dtype=dtype, use_fast_variance=False)
+
+  def tokens(module, images):
+    vision = module.vision_model
+    e = vision.embeddings
+    x = _embedded(e.patch_embedding(images), e.class_embedding, e.position_embedding.embedding[None])
+    x = vision.encoder(vision.pre_layrnorm(x), deterministic=True)[0]
+    return vision.post_layernorm(x[:, 1:])  # on every patch; transformers applies it to [CLS] alone
 
   def apply(params, images):
     x = normalize(_resized(images, size), CLIP_MEAN, CLIP_STD)
-    x = module.apply({'params': {'vision_model': params['vision_model']}}, x).last_hidden_state
-    # transformers stops before the last norm; the dense target needs it on every patch token.
-    x = norm.apply({'params': params['vision_model']['post_layernorm']}, x[:, 1:])
+    x = module.apply({'params': {'vision_model': params['vision_model']}}, x, method=tokens)
     return jnp.dot(x, params['visual_projection']['kernel'].astype(dtype))
 
-  return Teacher(params['visual_projection']['kernel'].shape[1], apply), params
+  params = {k: params[k] for k in ('vision_model', 'visual_projection')}
+  return Teacher(params['visual_projection']['kernel'].shape[1], apply), _numpy(params)
 
 
 def _dino(model, params, grid, dtype):
@@ -155,16 +156,16 @@ def _dino(model, params, grid, dtype):
 
   config = model.config
   config.layer_norm_eps = 1e-6  # DINO's own; the converted files carry transformers' default
-  size = _patch_input(config, grid)
+  size = _input_size(config, grid)
   module = transformers.FlaxViTModel(config, _do_init=False, dtype=dtype, add_pooling_layer=False).module
-  params = dict(params)
-  params['embeddings'] = dict(params['embeddings'])
-  table = np.asarray(params['embeddings']['position_embeddings'], np.float32)[0]
-  params['embeddings']['position_embeddings'] = _fit_positions(table, grid)[None]
+
+  def tokens(module, images):
+    e = module.embeddings
+    x = _embedded(e.patch_embeddings.projection(images), e.cls_token, e.position_embeddings)
+    return module.layernorm(module.encoder(x, deterministic=True)[0][:, 1:])
 
   def apply(params, images):
-    x = normalize(_resized(images, size), IMAGENET_MEAN, IMAGENET_STD)
-    return module.apply({'params': params}, x).last_hidden_state[:, 1:]
+    return module.apply({'params': params}, normalize(_resized(images, size), IMAGENET_MEAN, IMAGENET_STD), method=tokens)
 
   return Teacher(config.hidden_size, apply), _numpy(params)
 

@@ -1,4 +1,4 @@
-"""Our weights as transformers' Beit models: config.json, preprocessor_config.json and the key names."""
+"""transformers' Beit models: key names in both directions, config.json and preprocessor_config.json."""
 
 import re
 from typing import Any
@@ -7,54 +7,105 @@ import numpy as np
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD
+from beitv2_jax.weights.official import rule
 
-_NAMES = [
-  (r'cls_token', r'beit.embeddings.cls_token'),
-  (r'mask_token', r'beit.embeddings.mask_token'),
-  (r'pos_embed', r'beit.embeddings.position_embeddings'),
-  (r'patch_embed\.proj\.(weight|bias)', r'beit.embeddings.patch_embeddings.projection.\1'),
-  (r'rel_pos_bias\.(relative_position_bias_table)', r'beit.encoder.relative_position_bias.\1'),
-  (r'blocks\.(\d+)\.norm1\.(\w+)', r'beit.encoder.layer.\1.layernorm_before.\2'),
-  (r'blocks\.(\d+)\.norm2\.(\w+)', r'beit.encoder.layer.\1.layernorm_after.\2'),
-  (r'blocks\.(\d+)\.attn\.q_bias', r'beit.encoder.layer.\1.attention.attention.query.bias'),
-  (r'blocks\.(\d+)\.attn\.v_bias', r'beit.encoder.layer.\1.attention.attention.value.bias'),
-  (r'blocks\.(\d+)\.attn\.proj\.(\w+)', r'beit.encoder.layer.\1.attention.output.dense.\2'),
-  (r'blocks\.(\d+)\.attn\.(relative_position_bias_table)', r'beit.encoder.layer.\1.attention.attention.relative_position_bias.\2'),
-  (r'blocks\.(\d+)\.mlp\.fc1\.(\w+)', r'beit.encoder.layer.\1.intermediate.dense.\2'),
-  (r'blocks\.(\d+)\.mlp\.fc2\.(\w+)', r'beit.encoder.layer.\1.output.dense.\2'),
-  (r'blocks\.(\d+)\.gamma_([12])', r'beit.encoder.layer.\1.lambda_\2'),
-  (r'fc_norm\.(\w+)', r'beit.pooler.layernorm.\1'),
-  (r'head\.(\w+)', r'classifier.\1'),
-  (r'norm\.(\w+)', r'layernorm.\1'),
-  (r'lm_head\.(\w+)', r'lm_head.\1'),
+State = dict[str, np.ndarray]
+
+
+def _both(theirs: str, hf: str) -> list[tuple[str, str]]:
+  return [(f'{theirs}.{x}', f'{hf}.{x}') for x in ('weight', 'bias')]
+
+
+_BLOCK = [
+  *_both('norm1', 'layernorm_before'),
+  *_both('norm2', 'layernorm_after'),
+  ('attn.q_bias', 'attention.attention.query.bias'),
+  ('attn.v_bias', 'attention.attention.value.bias'),
+  ('attn.relative_position_bias_table', 'attention.attention.relative_position_bias.relative_position_bias_table'),
+  *_both('attn.proj', 'attention.output.dense'),
+  *_both('mlp.fc1', 'intermediate.dense'),
+  *_both('mlp.fc2', 'output.dense'),
+  ('gamma_1', 'lambda_1'),
+  ('gamma_2', 'lambda_2'),
 ]
+_VIT = [
+  ('cls_token', 'beit.embeddings.cls_token'),
+  ('mask_token', 'beit.embeddings.mask_token'),
+  ('pos_embed', 'beit.embeddings.position_embeddings'),
+  *_both('patch_embed.proj', 'beit.embeddings.patch_embeddings.projection'),
+  ('rel_pos_bias.relative_position_bias_table', 'beit.encoder.relative_position_bias.relative_position_bias_table'),
+  *((f'blocks.#.{a}', f'beit.encoder.layer.#.{b}') for a, b in _BLOCK),
+]
+# (official key, theirs); # stands for a number. A block's qkv matrix, three there, is split and joined in the code below.
+NAMES = {
+  'pretrain': [*_VIT, *_both('norm', 'layernorm'), *_both('lm_head', 'lm_head')],
+  'classifier': [*_VIT, *_both('norm', 'beit.layernorm'), *_both('fc_norm', 'beit.pooler.layernorm'), *_both('head', 'classifier')],
+  'segmenter': [
+    *((f'backbone.{a}', b) for a, b in _VIT),
+    *_both('decode_head.conv_seg', 'decode_head.classifier'),
+    *_both('auxiliary_head.conv_seg', 'auxiliary_head.classifier'),
+  ],
+}
+ARCHITECTURES = dict(
+  pretrain='BeitForMaskedImageModeling', classifier='BeitForImageClassification', segmenter='BeitForSemanticSegmentation'
+)
+_PARTS = ('query', 'key', 'value')
 
 
-def convert(kind: str, c: Any, state: dict[str, np.ndarray], grid: tuple[int, int]) -> tuple[dict, dict, dict]:
+def is_theirs(state: State) -> bool:
+  return any(k.startswith('beit.') for k in state)
+
+
+def to_official(kind: str, state: State) -> State:
+  """Their state dict under official names. Keys without a counterpart keep theirs, so that the importer names them."""
+  if kind not in NAMES:
+    raise UserError(f'transformers has no {kind}; this file holds {", ".join(sorted(state)[:3])} ...')
+  rules, prefix, out = [rule(b, a) for a, b in NAMES[kind]], 'backbone.' if kind == 'segmenter' else '', {}
+  for key, value in state.items():
+    found = re.fullmatch(r'beit\.encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.weight', key)
+    if found and found[2] == 'query':
+      parts = [state.get(key.replace('.query.', f'.{p}.')) for p in _PARTS]
+      if any(p is None for p in parts):
+        raise UserError(f'{key} comes without its key and value.')
+      out[f'{prefix}blocks.{found[1]}.attn.qkv.weight'] = np.concatenate(parts)
+    elif not found:
+      name = next((new for rename in rules if (new := rename(key))), key)
+      out[f'backbone.{name}' if re.match(r'fpn[12]\.', name) else name] = value
+  return out
+
+
+def from_official(kind: str, state: State) -> State:
+  rules, out = [rule(a, b) for a, b in NAMES[kind]], {}
+  for key, value in state.items():
+    if key.startswith('cls_pt'):  # patch aggregation has no home there
+      continue
+    qkv = re.fullmatch(r'(?:backbone\.)?blocks\.(\d+)\.attn\.qkv\.weight', key)
+    if qkv:
+      for name, part in zip(_PARTS, np.split(value, 3)):
+        out[f'beit.encoder.layer.{qkv[1]}.attention.attention.{name}.weight'] = np.ascontiguousarray(part)
+      continue
+    name = next((new for rename in rules if (new := rename(key))), None)
+    if name is None and kind == 'segmenter':  # pyramid and heads are called the same
+      name = key.removeprefix('backbone.')
+    if name is None:
+      raise UserError(f'{key} has no name in transformers.')
+    out[name] = value
+  return out
+
+
+def convert(kind: str, c: Any, state: State, grid: tuple[int, int]) -> tuple[State, dict, dict]:
   """(state dict, config, preprocessor config) from official keys. Patch aggregation has no home there and is left out.
 
-  Raises UserError for kinds that transformers has no class for.
+  Raises UserError for what transformers has no class for.
   """
-  if kind not in ('pretrain', 'classifier'):
+  if kind not in NAMES:
     raise UserError(f'transformers has no class for a {kind}; export it with --to-format official.')
   if grid[0] != grid[1]:
     raise UserError(f"transformers' Beit needs a square grid; this one is {grid[0]}x{grid[1]}.")
-  m, out = c.model, {}
-  for key, value in state.items():
-    if key.startswith('cls_pt'):
-      continue
-    qkv = re.fullmatch(r'blocks\.(\d+)\.attn\.qkv\.weight', key)
-    if qkv:
-      for name, part in zip(('query', 'key', 'value'), np.split(value, 3)):
-        out[f'beit.encoder.layer.{qkv[1]}.attention.attention.{name}.weight'] = np.ascontiguousarray(part)
-      continue
-    found = [re.sub(a, b, key) for a, b in _NAMES if re.fullmatch(a, key)]
-    if not found:
-      raise UserError(f'{key} has no name in transformers.')
-    out[found[0]] = value
-  classes = m.classes if kind == 'classifier' else 2
+  m, out = c.model, from_official(kind, state)
+  classes = m.get('classes', 2)
   config = dict(
-    architectures=['BeitForImageClassification' if kind == 'classifier' else 'BeitForMaskedImageModeling'],
+    architectures=[ARCHITECTURES[kind]],
     model_type='beit',
     vocab_size=m.get('vocab', 0) or 8192,
     hidden_size=m.width,
@@ -73,7 +124,7 @@ def convert(kind: str, c: Any, state: dict[str, np.ndarray], grid: tuple[int, in
     use_shared_relative_position_bias=m.rel_pos == 'shared',
     layer_scale_init_value=m.layer_scale,
     drop_path_rate=0.0,
-    use_mean_pooling=True if kind == 'pretrain' else m.mean_pooling,
+    use_mean_pooling=m.get('mean_pooling', True),
     id2label={str(i): f'LABEL_{i}' for i in range(classes)},
     label2id={f'LABEL_{i}': i for i in range(classes)},
   )
@@ -82,4 +133,16 @@ def convert(kind: str, c: Any, state: dict[str, np.ndarray], grid: tuple[int, in
     image_processor_type='BeitImageProcessor', do_resize=True, size=size, resample=3, do_center_crop=False, do_rescale=True,
     rescale_factor=1 / 255, do_normalize=True, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), do_reduce_labels=False,
   )  # fmt: skip
+  if kind == 'segmenter':
+    if m.channels != m.width:
+      raise UserError(f"transformers' heads are as wide as the backbone; here they have {m.channels} channels of {m.width}.")
+    # Theirs takes hidden state k where k + 1 is in out_indices, and state 0 is the embedding: block i (from 0) is number i + 2.
+    # Its config allows no number past the last block plus one, so a last block of zeros, which changes nothing, makes room.
+    config['out_indices'] = [i + 2 for i in m.out_indices]
+    if max(config['out_indices']) > m.depth:
+      last = f'beit.encoder.layer.{m.depth - 1}.'
+      spare = {k.replace(last, f'beit.encoder.layer.{m.depth}.'): np.zeros_like(v) for k, v in out.items() if k.startswith(last)}
+      config['num_hidden_layers'], out = m.depth + 1, out | spare
+    config |= dict(pool_scales=list(m.pool_scales), use_auxiliary_head=m.aux_channels > 0, auxiliary_channels=m.aux_channels or 256)
+    preprocessor['do_reduce_labels'] = classes == 150  # ADE20K's masks count from 1, with 0 for none
   return out, config, preprocessor

@@ -1,10 +1,10 @@
 """The official PyTorch checkpoints: every key, where it goes here, and how its array is laid out. Both directions.
 
-Kinds: tokenizer, pretrain, classifier. A key without a home is an error unless the official code itself drops it.
+Kinds: tokenizer, pretrain, classifier, segmenter. A key without a home is an error unless the official code itself drops it.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,11 @@ def _same(heads):
 
 def _conv(heads):
   return (lambda w: w.transpose(2, 3, 1, 0)), (lambda w: w.transpose(3, 2, 0, 1))
+
+
+def _deconv(heads):
+  """torch keeps transposed convolutions as [in, out, kh, kw]."""
+  return (lambda w: w.transpose(2, 3, 0, 1)), (lambda w: w.transpose(2, 3, 0, 1))
 
 
 def _qkv(heads):
@@ -75,7 +80,18 @@ _VIT = [
   *_under('patch_embed.proj', 'patch_embed', _CONV),
   *_under('blocks.#', 'block_#', _BLOCK),
 ]
+_DECONV = [('weight', 'kernel', _deconv), ('bias', 'bias', _same)]
 _PATCH_ENCODER = [*((a, f'vit/{b}', layout) for a, b, layout in _VIT), *_under('fc_norm', 'norm', _NORM)]
+
+
+def _batch_norm(theirs: str, ours: str) -> list:
+  stats = [('running_mean', 'mean', _same), ('running_var', 'var', _same)]
+  return [*_under(theirs, f'params/{ours}', _NORM), *_under(theirs, f'batch_stats/{ours}', stats)]
+
+
+def _conv_module(theirs: str, ours: str) -> list:
+  return [(f'{theirs}.conv.weight', f'params/{ours}/conv/kernel', _conv), *_batch_norm(f'{theirs}.bn', f'{ours}/bn')]
+
 
 # (official key, our path under the variables, layout); # stands for a block's number.
 TABLES = {
@@ -104,30 +120,57 @@ TABLES = {
     *_under('fc_norm', 'params/fc_norm', _NORM),
     *_under('head', 'params/head', _LINEAR),
   ],
+  'segmenter': [
+    *((f'backbone.{a}', f'params/backbone/{b}', layout) for a, b, layout in _VIT),
+    *_under('backbone.fpn1.0', 'params/fpn1_up1', _DECONV),
+    *_batch_norm('backbone.fpn1.1', 'fpn1_norm'),
+    *_under('backbone.fpn1.3', 'params/fpn1_up2', _DECONV),
+    *_under('backbone.fpn2.0', 'params/fpn2_up', _DECONV),
+    *_conv_module('decode_head.psp_modules.#.1', 'psp_#'),
+    *_conv_module('decode_head.bottleneck', 'psp_bottleneck'),
+    *_conv_module('decode_head.lateral_convs.#', 'lateral_#'),
+    *_conv_module('decode_head.fpn_convs.#', 'fpn_conv_#'),
+    *_conv_module('decode_head.fpn_bottleneck', 'fpn_bottleneck'),
+    *_under('decode_head.conv_seg', 'params/classifier', _CONV),
+    *_conv_module('auxiliary_head.convs.0', 'aux_conv'),
+    *_under('auxiliary_head.conv_seg', 'params/aux_classifier', _CONV),
+  ],
 }
 # What the official loaders drop: buffers that are computed, the teacher, dead fields of the quantizer.
 DROPPED = {
   'tokenizer': r'loss.*|teacher.*|scaling.*|quantize\.embedding\.(embed_avg|initted)|.*relative_position_index',
   'pretrain': r'.*relative_position_index',
   'classifier': r'.*relative_position_index',
+  'segmenter': r'.*relative_position_index|.*num_batches_tracked',
 }
 
 
-def _compiled(kind: str, reverse: bool) -> Iterator[tuple[re.Pattern, str, Callable]]:
-  for theirs, ours, layout in TABLES[kind]:
-    source, target = (ours, theirs) if reverse else (theirs, ours)
-    yield re.compile(re.escape(source).replace(r'\#', '#').replace('#', r'(\d+)')), target, layout
+def rule(source: str, target: str) -> Callable[[str], str | None]:
+  """Renames what matches `source` to `target`, None otherwise; # stands for the same number in both."""
+  pattern = re.compile(re.escape(source).replace(r'\#', '#').replace('#', r'(\d+)'))
+
+  def rename(name: str) -> str | None:
+    found = pattern.fullmatch(name)
+    return found and (target.replace('#', found[1]) if found.groups() else target)
+
+  return rename
+
+
+def _rules(kind: str, reverse: bool) -> list[tuple[Callable, Callable]]:
+  """(rename, layout) of every row of the table."""
+  return [(rule(ours, theirs) if reverse else rule(theirs, ours), layout) for theirs, ours, layout in TABLES[kind]]
+
+
+def _find(rules: list, name: str) -> tuple[str, Callable] | None:
+  return next(((new, layout) for rename, layout in rules if (new := rename(name))), None)
 
 
 def home(kind: str, key: str) -> str | None:
   """Where an official key goes: a path of ours, '' if it is dropped, None if it has no home."""
   if re.fullmatch(DROPPED[kind], key):
     return ''
-  for pattern, target, _ in _compiled(kind, reverse=False):
-    found = pattern.fullmatch(key)
-    if found:
-      return target.replace('#', *found.groups()) if found.groups() else target
-  return None
+  found = _find(_rules(kind, reverse=False), key)
+  return found and found[0]
 
 
 def _head_count(name: str, heads: dict[str, int]) -> int:
@@ -139,17 +182,13 @@ def to_ours(kind: str, state: dict[str, Array], heads: dict[str, int]) -> dict[s
 
   Raises UserError for keys without a home, all of them named.
   """
-  flat, homeless = {}, []
-  rules = list(_compiled(kind, reverse=False))
+  flat, homeless, rules = {}, [], _rules(kind, reverse=False)
   for key, value in state.items():
     if re.fullmatch(DROPPED[kind], key):
       continue
-    for pattern, target, layout in rules:
-      found = pattern.fullmatch(key)
-      if found:
-        path = target.replace('#', *found.groups()) if found.groups() else target
-        flat[path] = np.ascontiguousarray(layout(_head_count(key, heads))[0](np.asarray(value, np.float32)))
-        break
+    if found := _find(rules, key):
+      path, layout = found
+      flat[path] = np.ascontiguousarray(layout(_head_count(key, heads))[0](np.asarray(value, np.float32)))
     else:
       homeless.append(key)
   if homeless:
@@ -161,14 +200,11 @@ def to_ours(kind: str, state: dict[str, Array], heads: dict[str, int]) -> dict[s
 
 def from_ours(kind: str, variables: dict[str, Any]) -> dict[str, Array]:
   """Our variables → official keys and layouts; the inverse of `to_ours`."""
-  rules, out = list(_compiled(kind, reverse=True)), {}
+  rules, out = _rules(kind, reverse=True), {}
   for path, value in handoff.flatten(variables).items():
-    for pattern, target, layout in rules:
-      found = pattern.fullmatch(path)
-      if found:
-        key = target.replace('#', *found.groups()) if found.groups() else target
-        out[key] = np.ascontiguousarray(layout(0)[1](np.asarray(value)))
-        break
-    else:
+    found = _find(rules, path)
+    if not found:
       raise UserError(f'{path} has no official name; is this a {kind} model?')
+    key, layout = found
+    out[key] = np.ascontiguousarray(layout(0)[1](np.asarray(value)))
   return out

@@ -72,11 +72,12 @@ def config_of(
   decoder_heads: int | None = None,
   grid: tuple[int, int] | None = None,
   early: int | None = None,
+  out_indices: tuple[int, ...] | None = None,
 ) -> Any:
-  """The config of a tokenizer, pretrain or classifier checkpoint. Raises UserError if it is another kind."""
+  """The config of a checkpoint of this kind. Raises UserError if it is another kind."""
   c = config_lib.base(kind).unlock()
   c.dtype = 'float32'
-  v = vit(state, 'encoder.' if kind == 'tokenizer' else '', kind, heads)
+  v = vit(state, dict(tokenizer='encoder.', segmenter='backbone.').get(kind, ''), kind, heads)
   grid = grid_of(v.pop('patches'), v.pop('table_rows'), grid)
   with c.data.ignore_type():  # one number, or (h, w)
     c.data.image_size = grid[0] * v['patch_size'] if grid[0] == grid[1] else tuple(g * v['patch_size'] for g in grid)
@@ -96,6 +97,19 @@ def config_of(
       v | dict(early_layer=early, head_layers=layers, shared_head='cls_pt_norm.weight' not in state, vocab=vocab)
     )
     _need(state, 'mask_token', kind)
+  elif kind == 'segmenter':
+    classes, channels = _need(state, 'decode_head.conv_seg.weight', kind).shape[:2]
+    aux, pools = state.get('auxiliary_head.conv_seg.weight'), depth(state, 'decode_head.psp_modules.')
+    if out_indices is None:  # 3 5 7 11 of 12, 7 11 15 23 of 24
+      out_indices = tuple(round(v['depth'] * part) - 1 for part in (1 / 3, 1 / 2, 2 / 3, 1))
+    if len(out_indices) != 4 or not 0 <= min(out_indices) <= max(out_indices) < v['depth']:
+      raise UserError(f'--out-indices {out_indices}: four of the {v["depth"]} blocks, counted from 0.')
+    c.model = config_lib.ConfigDict(
+      v | dict(
+        classes=classes, channels=channels, out_indices=tuple(out_indices), aux_channels=0 if aux is None else aux.shape[1],
+        pool_scales=(1, 2, 3, 6)[:pools] if pools <= 4 else tuple(range(1, pools + 1)),
+      )
+    )  # fmt: skip
   else:
     _need(state, 'head.weight', kind)
     c.model = config_lib.ConfigDict(v | dict(classes=state['head.weight'].shape[0], mean_pooling='fc_norm.weight' in state))
