@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beitv2_jax import checkpoint, sharding
+from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
@@ -16,13 +17,13 @@ from beitv2_jax.tasks import pretrain, tokenizer
 
 
 def build_classifier(c: Any) -> Classifier:
-  return Classifier(grid=tokenizer.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict())
+  return Classifier(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict())
 
 
 def build_segmenter(c: Any) -> Segmenter:
   m = c.model.to_dict()
   m |= {k: tuple(m[k]) for k in ('out_indices', 'pool_scales')}  # JSON made them lists
-  return Segmenter(grid=tokenizer.patch_grid(c), dtype=jnp.dtype(c.dtype), **m)
+  return Segmenter(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **m)
 
 
 def build(c: Any) -> Any:
@@ -45,9 +46,9 @@ class Model:
     self.config, self.kind = config, config.task
     self.module = build(config)
     if variables is None:
-      variables = sharding.unbox(jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros((1, *tokenizer.image_shape(config)))))
+      variables = sharding.unbox(jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros((1, *config_lib.image_shape(config)))))
     self.variables, self._jitted = variables, {}
-    self.grid = tokenizer.patch_grid(config)
+    self.grid = config_lib.patch_grid(config)
 
   def tokens(self, images, normalize: bool = True) -> jax.Array:
     """Codes of every patch, int32 [B, Gh, Gw]. Tokenizers only."""
@@ -80,7 +81,7 @@ class Model:
     if kinds and self.kind not in kinds:
       raise UserError(f'this is a {self.kind} model; that needs a {" or ".join(kinds)} model.')
     images = jnp.asarray(images)
-    h, w, _ = tokenizer.image_shape(self.config)
+    h, w, _ = config_lib.image_shape(self.config)
     if images.ndim != 4 or images.shape[-1] != 3:
       raise UserError(f'images have shape {images.shape}; expected [B, h, w, 3], RGB with channels last.')
     if images.shape[1:3] != (h, w):

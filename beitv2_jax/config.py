@@ -21,6 +21,7 @@ def base(task: str) -> ConfigDict:
   c = ConfigDict()
   c.task = task
   c.seed = 0
+  c.init_from = ''  # workdir or converted directory whose weights this stage starts from; '': fresh ones
   c.dtype = 'bfloat16'  # of matrix products; parameters, norms, softmax and losses are float32
   c.batch_size = 512
   c.epochs = 100.0
@@ -112,6 +113,17 @@ def tokenizer_model(**changes: Any) -> ConfigDict:
 def tiny_tokenizer() -> ConfigDict:
   side = dict(width=32, heads=2)
   return tokenizer_model(patch_size=8, encoder=dict(depth=2, **side), decoder=dict(depth=1, **side), codes=32, code_dim=8)
+
+
+def image_shape(c: Any) -> tuple[int, int, int]:
+  """(h, w, 3) of the model's input; data.image_size is a side, or (h, w)."""
+  size = c.data.image_size
+  return (size, size, 3) if isinstance(size, int) else (*size, 3)
+
+
+def patch_grid(c: Any) -> tuple[int, int]:
+  h, w, _ = image_shape(c)
+  return h // c.model.patch_size, w // c.model.patch_size
 
 
 def check(c: ConfigDict) -> None:

@@ -23,7 +23,6 @@ from beitv2_jax import api, checkpoint, handoff, sharding
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.layers import relative_position_index
-from beitv2_jax.tasks import tokenizer
 from beitv2_jax.weights import files, huggingface, official, sizes
 
 KINDS = tuple(official.TABLES)
@@ -49,7 +48,7 @@ def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes
     for name in ('usage', 'cluster_size'):
       book.setdefault(name, np.zeros(c.model.codes, np.float32))
   module = api.build(c)
-  shape = (1, *tokenizer.image_shape(c))
+  shape = (1, *config_lib.image_shape(c))
   want = sharding.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape))))
   if kind == 'pretrain' and not c.model.vocab:
     want['params'] = {k: v for k, v in want['params'].items() if not k.endswith('lm_head')}
@@ -71,7 +70,7 @@ def export_checkpoint(source: str | Path, target: str | Path, form: str) -> None
   kind, target = c.task, Path(target)
   if kind not in KINDS:
     raise UserError(f'a {kind} stage has no official form; one of {", ".join(KINDS)} has.')
-  state, grid = official.from_ours(kind, variables), tokenizer.patch_grid(c)
+  state, grid = official.from_ours(kind, variables), config_lib.patch_grid(c)
   # A buffer that torch insists on when it loads batch norms.
   state |= {k.replace('running_mean', 'num_batches_tracked'): np.zeros((), np.int64) for k in state if k.endswith('running_mean')}
   if form == 'hf':

@@ -14,6 +14,7 @@ import numpy as np
 from absl import app, flags
 
 from beitv2_jax import api, metrics, probe
+from beitv2_jax import config as config_lib
 from beitv2_jax.analysis import codes as pictures
 from beitv2_jax.analysis.report import Report
 from beitv2_jax.data import pipeline, sources
@@ -60,7 +61,7 @@ def load_images(config, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def teacher_features(config, images: np.ndarray) -> np.ndarray:
-  model, params = teachers.load('clip', config.teacher.name, tokenizer.patch_grid(config))
+  model, params = teachers.load('clip', config.teacher.name, config_lib.patch_grid(config))
   return api.in_batches(lambda x: model.apply(params, tokenizer.unit_images(jnp.asarray(x))), images).mean(1)
 
 

@@ -64,12 +64,16 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
 
 
-def put_replicated(tree: Any, mesh: Mesh) -> Any:
-  """The same host arrays on every device (all processes must pass the same values)."""
-  sharding = replicated(mesh)
+def put(tree: Any, shardings: Any) -> Any:
+  """Host arrays as global ones under a tree of shardings (all processes must pass the same values)."""
 
-  def put(x):
+  def one(x, sharding):
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-  return jax.tree.map(put, tree)
+  return jax.tree.map(one, tree, shardings)
+
+
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
+  """The same host arrays on every device."""
+  return put(tree, jax.tree.map(lambda _: replicated(mesh), tree))

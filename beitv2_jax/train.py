@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from clu import parameter_overview
 
-from beitv2_jax import checkpoint, evaluate, optim, sharding, tasks
+from beitv2_jax import checkpoint, evaluate, handoff, optim, sharding, tasks
 from beitv2_jax import config as config_lib
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import UserError
@@ -71,6 +71,15 @@ def init_state(task: tasks.Task, tx: Any, mesh: Any, rules: Any, key: jax.Array)
   return jax.jit(make, out_shardings=shardings), abstract, shardings
 
 
+def start_from(where: str, task: tasks.Task, state: TrainState, shardings: TrainState) -> TrainState:
+  """A fresh `state` with the weights of the stage in `where`, placed like its own. Raises UserError if they do not fit."""
+  config, variables, _ = checkpoint.load_variables(where, 'a workdir, or a directory made by beitv2_jax.convert')
+  fresh, optimizer = state.split()
+  variables = task.adopt(config, variables, fresh)
+  handoff.check_same(variables, fresh, f'init_from={where}', 'the model of this config', 'Give this stage the same sizes.')
+  return TrainState.join(sharding.put(variables, shardings.split()[0]), optimizer)
+
+
 def planned_steps(c: Any, images: int) -> tuple[int, int]:
   """(total, warmup) steps of a config for a data set of `images`."""
   per_epoch = max(images // c.batch_size, 1)
@@ -107,6 +116,8 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
     changed = config_lib.changes(config_lib.load(workdir), c)
   else:
     state, changed = make_state(init_key), []
+    if c.init_from:
+      state = start_from(c.init_from, task, state, shardings)
   metrics = Metrics(workdir, start, steps, workdir.name)
   if jax.process_index() == 0:
     config_lib.save(c, workdir)
@@ -115,6 +126,8 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   metrics.say(f'{workdir.name}: {count:,} parameters, {steps} steps of {c.batch_size} on {mesh.size} {jax.devices()[0].platform} devices')
   if start:
     metrics.say(f'going on from step {start}')
+  elif c.init_from:
+    metrics.say(f'starting from the weights in {c.init_from}')
   for change in changed:
     metrics.say(f'warning: the run began with another config; {change}')
 
@@ -163,7 +176,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
     with signals:
       if step < steps:
         batch, wait = pull()
-        if step == 0:
+        if step == 0 and not c.init_from:
           warm = jax.jit(task.warm_start, out_shardings=shardings.model_state)
           state = state._replace(model_state=warm(state.params, state.model_state, frozen, batch, warm_key))
       while step < steps:

@@ -71,6 +71,26 @@ def test_what_a_run_leaves(runs):
   assert 'lm_head/kernel' in (root / 'pretrain' / 'parameters.txt').read_text()
 
 
+@pytest.mark.parametrize('task', ['tokenizer', 'pretrain'])
+def test_a_stage_starts_from_the_weights_of_another(runs, tmp_path, task):
+  root, results = runs
+  extra = dict(tokenizer_from=str(root / 'tokenizer')) if task == 'pretrain' else {}
+  c = smoke(task, init_from=str(root / task), steps=0, **extra)
+  assert train.run(c, tmp_path / 'same') == results[task]
+  larger = smoke(task, init_from=str(root / task), steps=0, data__image_size=48, **extra)
+  if task == 'pretrain':  # the tables are resampled, so the larger images are read as well as the smaller ones
+    assert abs(train.run(larger, tmp_path / 'larger')['loss_1'] - results[task]['loss_1']) < 0.5
+  wider = smoke(task, init_from=str(root / task), **extra).unlock()
+  (wider.model.encoder if task == 'tokenizer' else wider.model).width = 64
+  with pytest.raises(
+    UserError, match=r'init_from=.* does not fit the model of this config. shapes differ .*Give this stage the same sizes'
+  ):
+    train.run(wider, tmp_path / 'wider')
+  other = dict(tokenizer='pretrain', pretrain='tokenizer')[task]
+  with pytest.raises(UserError, match=f'init_from holds a {other} stage; a {task} stage starts from one of its own kind'):
+    train.run(smoke(task, init_from=str(root / other), **extra), tmp_path / 'other')
+
+
 def test_the_frozen_tokenizer_is_not_saved_again(runs):
   _, variables, _ = checkpoint.load_variables(runs[0] / 'pretrain')
   assert set(variables) == {'params'} and 'encoder' not in variables['params']

@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 
+from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
+from beitv2_jax.weights import adapt
 
 
 class Task:
@@ -18,6 +20,16 @@ class Task:
   def init(self, key: jax.Array) -> dict:
     """{'params': ..., and mutable collections such as 'codebook'}, with logical axis names in flax boxes."""
     raise NotImplementedError
+
+  def adopt(self, theirs: Any, variables: Any, fresh: Any) -> Any:
+    """What `init_from` means: the variables of another stage (its config is `theirs`) in the shape of this one's `fresh` ones.
+
+    By default a model of the same task, whose position tables are resampled if its patch grid differs.
+    """
+    if theirs.task != self.config.task:
+      raise UserError(f'init_from holds a {theirs.task} stage; a {self.config.task} stage starts from one of its own kind.')
+    grids = config_lib.patch_grid(theirs), config_lib.patch_grid(self.config)
+    return variables if grids[0] == grids[1] else variables | {'params': adapt.fit_grid(variables['params'], *grids)}
 
   def transforms(self, train: bool, source: Any) -> Sequence:
     """Callables (record, rng) → record; see data/transforms.py. `source.classes` names the labels."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from beitv2_jax import config as config_lib
 from beitv2_jax.data.masking import BlockMask
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
@@ -18,12 +19,12 @@ from beitv2_jax.tasks import Task, tokenizer
 
 def build(c: Any) -> MIM:
   """The module of a pretraining config; `model.vocab` is the tokenizer's number of codes."""
-  return MIM(grid=tokenizer.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict())
+  return MIM(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict())
 
 
 def make(c: Any) -> tuple[Task, Any]:
   vqkd, frozen, theirs = tokenizer.load(c.tokenizer_from, c.tokenizer_dtype)
-  ours = tokenizer.patch_grid(c)
+  ours = config_lib.patch_grid(c)
   if theirs.model.patch_size != c.model.patch_size:
     raise UserError(
       f'the tokenizer in {c.tokenizer_from} cuts {c.data.image_size} px images into {c.data.image_size // theirs.model.patch_size} patches '
@@ -44,11 +45,11 @@ class PretrainTask(Task):
   tokenizer: VQKD
 
   def init(self, key):
-    return self.model.init(key, jnp.zeros((1, *tokenizer.image_shape(self.config))))
+    return self.model.init(key, jnp.zeros((1, *config_lib.image_shape(self.config))))
 
   def transforms(self, train, source):
     m = self.config.mask
-    mask = BlockMask(tokenizer.patch_grid(self.config), m.count, m.min_block, m.max_block, m.min_aspect)
+    mask = BlockMask(config_lib.patch_grid(self.config), m.count, m.min_block, m.max_block, m.min_aspect)
     return [*image_transforms(self.config.data, train, self.config.color_jitter), mask]
 
   def _forward(self, params, frozen, batch, **kwargs):

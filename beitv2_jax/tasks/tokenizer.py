@@ -17,17 +17,6 @@ from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import Task
 
 
-def image_shape(c: Any) -> tuple[int, int, int]:
-  """(h, w, 3) of the model's input; data.image_size is a side, or (h, w)."""
-  size = c.data.image_size
-  return (size, size, 3) if isinstance(size, int) else (*size, 3)
-
-
-def patch_grid(c: Any) -> tuple[int, int]:
-  h, w, _ = image_shape(c)
-  return h // c.model.patch_size, w // c.model.patch_size
-
-
 def vqkd_images(images: jax.Array) -> jax.Array:
   """uint8 [B, h, w, 3] → [-1, 1], in the order of operations of the official code."""
   return (unit_images(images) * 255) / 127.5 - 1
@@ -43,7 +32,7 @@ def build(c: Any) -> VQKD:
   m = c.model
   sizes = {f'{s}_{k}': m[s][k] for s in ('encoder', 'decoder') for k in ('width', 'depth', 'heads')}
   return VQKD(
-    patch_grid(c),
+    config_lib.patch_grid(c),
     m.patch_size,
     m.codes,
     m.code_dim,
@@ -57,7 +46,7 @@ def build(c: Any) -> VQKD:
 
 
 def make(c: Any) -> tuple[Task, Any]:
-  teacher_model, frozen = teacher.load(c.teacher.kind, c.teacher.name, patch_grid(c), jnp.dtype(c.dtype))
+  teacher_model, frozen = teacher.load(c.teacher.kind, c.teacher.name, config_lib.patch_grid(c), jnp.dtype(c.dtype))
   c.model.teacher_width = teacher_model.width  # so that config.json describes the whole model
   return TokenizerTask(c, build(c), teacher_model), frozen
 
@@ -94,7 +83,7 @@ class TokenizerTask(Task):
   teacher: teacher.Teacher
 
   def init(self, key):
-    return self.model.init(key, jnp.zeros((1, *image_shape(self.config))))
+    return self.model.init(key, jnp.zeros((1, *config_lib.image_shape(self.config))))
 
   def transforms(self, train, source):
     return image_transforms(self.config.data, train)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import RectBivariateSpline
 
+from beitv2_jax import handoff
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.layers import table_size
 from beitv2_jax.models.vit import cubic_weights
@@ -49,6 +50,15 @@ def resize_positions(table: np.ndarray, source: Grid, target: Grid) -> np.ndarra
   return np.concatenate([table[:, :1], body.reshape(1, -1, table.shape[-1]).astype(table.dtype)], 1)
 
 
+def fit_grid(params: dict[str, Any], source: Grid, target: Grid) -> dict[str, Any]:
+  """All position tables of a model, relative and absolute, for another patch grid."""
+  resize = {'table': resize_table, 'pos_embed': resize_positions}
+  flat = handoff.flatten(params)
+  return handoff.unflatten(
+    {k: resize[n](np.asarray(v), source, target) if (n := k.split('/')[-1]) in resize else v for k, v in flat.items()}
+  )
+
+
 def pretrain_to_classifier(params: dict[str, Any], source: Grid, target: Grid) -> dict[str, Any]:
   """Backbone parameters of a pretraining model → those of a Classifier on `target`'s grid.
 
@@ -56,12 +66,8 @@ def pretrain_to_classifier(params: dict[str, Any], source: Grid, target: Grid) -
   are left behind: a classifier's `fc_norm` and `head` start fresh, as in the official code.
   """
   backbone = {k: v for k, v in params['backbone'].items() if k not in ('mask_token', 'rel_pos_bias')}
-  if 'pos_embed' in backbone:
-    backbone['pos_embed'] = resize_positions(np.asarray(backbone['pos_embed']), source, target)
   shared = params['backbone'].get('rel_pos_bias')
-  for name in [k for k in backbone if k.startswith('block_')]:
-    own = shared or backbone[name]['attn'].get('rel_pos_bias')
-    if own:
-      table = resize_table(np.asarray(own['table']), source, target)
-      backbone[name] = backbone[name] | dict(attn=backbone[name]['attn'] | dict(rel_pos_bias=dict(table=table)))
-  return {'backbone': backbone}
+  if shared:
+    for name in [k for k in backbone if k.startswith('block_')]:
+      backbone[name] = backbone[name] | dict(attn=backbone[name]['attn'] | dict(rel_pos_bias=shared))
+  return fit_grid({'backbone': backbone}, source, target)
