@@ -22,7 +22,7 @@ def find_images(paths: list[str]) -> list[Path]:
   out = []
   for path in map(Path, paths):
     if path.is_dir():
-      found = sources.images_under(path)
+      found = [path / name for name in sources.images_under(path)]
       if not found:
         raise UserError(f'no images under {path}: looked for {" ".join(sorted(sources.EXTENSIONS))}.')
       out += found
@@ -39,10 +39,10 @@ def prepared(paths: list[Path], size: int, batch: int) -> Iterator[tuple[list[Pa
   for path in tqdm(paths, unit=' images', disable=len(paths) < 2 * batch):
     try:
       image = transforms.decode(path.read_bytes())
-    except (OSError, ValueError, SyntaxError) as e:
+    except transforms.UNDECODABLE as e:
       print(f'warning: {path} does not decode ({e}); left out.', file=sys.stderr)
       continue
-    images.append(np.asarray(crop(dict(image=image), None)['image']))
+    images.append(crop(dict(image=image), None)['image'])
     names.append(path)
     if len(images) == batch:
       yield names, np.stack(images)

@@ -134,14 +134,14 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   frozen = sharding.put_replicated(frozen, mesh)
   batches = pipeline.train_batches(
       opened['train'], transforms['train'], seed=c.seed, batch=c.batch_size, start=start, workers=c.data.workers,
-      process=jax.process_index(), processes=jax.process_count(),
+      process=jax.process_index(), processes=jax.process_count(), max_bad=c.data.max_bad,
   )  # fmt: skip
   eval_step = evaluate.make_eval_step(task, mesh)
 
   def evaluate_now(state):
     rows = pipeline.eval_batches(
         opened['eval'], transforms['eval'], seed=c.seed, batch=c.eval_batch_size or c.batch_size,
-        process=jax.process_index(), processes=jax.process_count(),
+        process=jax.process_index(), processes=jax.process_count(), max_bad=c.data.max_bad,
     )  # fmt: skip
     return evaluate.run(task, eval_step, (state.params, state.model_state, frozen), rows, mesh)
 
@@ -162,7 +162,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
     metrics.progress(step, values['loss'])
     if step % c.log_every == 0 or step == steps:
       rate = metrics.rate(step)
-      speed = dict(steps_per_second=rate, images_per_second=rate * c.batch_size, input_wait=wait)
+      speed = dict(steps_per_second=rate, images_per_second=rate * c.batch_size, input_wait=wait, bad_images=batches.bad)
       metrics.write(step, 'train', values | speed)
       warning = task.warning(step, values)
       if warning and not warned:
@@ -214,7 +214,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   finally:
     metrics.close()
     checkpoints.close()
-    getattr(batches, 'close', lambda: None)()
+    batches.close()
   return results
 
 

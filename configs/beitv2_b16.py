@@ -40,6 +40,7 @@ def get_config(arg=None):
   )
   c.mask = ConfigDict(dict(count=75, min_block=16, max_block=0, min_aspect=0.3))
   c.color_jitter = 0.4
+  c.color_jitter_on = 'host'  # before the crop, as the official code; 'device': after it, at no cost for the host
   c.data.crop_scale = (0.2, 1.0)
   c.optim.update(lr=1.5e-3, min_lr=1e-5, warmup_epochs=10.0, b2=0.999 if long else 0.98, weight_decay=0.05, clip_norm=3.0)
   if arg.smoke:

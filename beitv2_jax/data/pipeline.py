@@ -20,31 +20,60 @@ MAX_NEIGHBOURS = 16
 
 
 class Decoded:
-  """A source whose images are RGB. One that won't decode is named in the log and replaced by the next that does."""
+  """A source whose images are RGB arrays. One that won't decode is named in the log and replaced by the next that does.
+
+  `bad` in a record says how many were stepped over for it.
+  """
 
   def __init__(self, source: Sequence):
-    self.source, self.bad = source, 0
+    self.source, self.said = source, 0
 
   def __len__(self) -> int:
     return len(self.source)
 
   def __getitem__(self, i: int) -> dict:
-    for j in range(i, i + MAX_NEIGHBOURS):
-      record = self.source[j % len(self.source)]
+    for bad in range(MAX_NEIGHBOURS):
+      j = (i + bad) % len(self.source)
       try:
-        return record | dict(image=transforms.decode(record['image']))
-      except (OSError, ValueError, SyntaxError) as e:
-        self.bad += 1
-        name = getattr(self.source, 'name', str)(j % len(self.source))
-        logging.warning('image %s does not decode (%s); using the next one. %d so far.', name, e, self.bad)
+        record = self.source[j]
+        return record | dict(image=transforms.decode(record['image']), bad=np.int32(bad))
+      except transforms.UNDECODABLE as e:
+        name = getattr(self.source, 'name', str)(j)
+        self.said += 1
+        if self.said <= 20:
+          logging.warning('%s does not decode (%s); using the next image.%s', name, e, ' No more of these.' * (self.said == 20))
     raise UserError(f'{MAX_NEIGHBOURS} images in a row do not decode; the last was {name}. Is the data set intact?')
+
+
+class Counted:
+  """Batches without their `bad` counts; too many end the run. `bad` and `seen` are this process's counts so far."""
+
+  def __init__(self, batches: Iterator[dict], max_bad: float):
+    self.batches, self.max_bad, self.bad, self.seen = batches, max_bad, 0, 0
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> dict:
+    batch = dict(next(self.batches))
+    counts = batch.pop('bad')
+    self.bad, self.seen = self.bad + int(counts.sum()), self.seen + len(counts)
+    if self.bad > self.max_bad * max(self.seen, 1000):
+      raise UserError(
+        f'{self.bad} of the first {self.seen} images do not decode, more than data.max_bad={self.max_bad} allows; the log names the first ones. '
+        'Mend the data set, or raise --config.data.max_bad.'
+      )
+    return batch
+
+  def close(self) -> None:
+    getattr(self.batches, 'close', lambda: None)()
 
 
 def _apply(steps: Sequence, record: dict, rng: np.random.Generator) -> dict:
   return functools.reduce(lambda r, f: f(r, rng), steps, record)
 
 
-def _batches(dataset, steps, seed, batch, process, processes, start, workers):
+def _batches(dataset, steps, seed, batch, process, processes, start, workers, max_bad):
   dataset = dataset.random_map(functools.partial(_apply, steps), seed=seed).batch(batch // processes)
   dataset = dataset.slice(slice(process, None, processes)).slice(slice(start, None))
   threads = 0 if workers < 0 else 8
@@ -53,24 +82,34 @@ def _batches(dataset, steps, seed, batch, process, processes, start, workers):
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which tests and notebooks never parse
     iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-  return iter(iterator)
+  return Counted(iter(iterator), max_bad)
 
 
 def train_batches(
-  source: Sequence, steps: Sequence, *, seed: int, batch: int, start: int = 0, workers: int = 0, process: int = 0, processes: int = 1
-) -> Iterator[dict]:
+  source: Sequence,
+  steps: Sequence,
+  *,
+  seed: int,
+  batch: int,
+  start: int = 0,
+  workers: int = 0,
+  process: int = 0,
+  processes: int = 1,
+  max_bad: float = 0.01,
+) -> Counted:
   """This process's part [batch / processes, ...] of batches start, start+1, ... as dicts of numpy arrays.
 
-  `workers` > 0 decodes in that many processes, 0 in threads, -1 in the caller (for debugging).
+  `workers` > 0 decodes in that many processes, 0 in threads, -1 in the caller (for debugging). Raises UserError once more than
+  a share `max_bad` of the images (of 1,000 at least) does not decode.
   """
   dataset = grain.MapDataset.source(Decoded(source)).seed(seed).shuffle().repeat()
-  return _batches(dataset, steps, seed, batch, process, processes, start, workers)
+  return _batches(dataset, steps, seed, batch, process, processes, start, workers, max_bad)
 
 
 def eval_batches(
-  source: Sequence, steps: Sequence, *, seed: int, batch: int, workers: int = 0, process: int = 0, processes: int = 1
-) -> Iterator[dict]:
+  source: Sequence, steps: Sequence, *, seed: int, batch: int, workers: int = 0, process: int = 0, processes: int = 1, max_bad: float = 0.01
+) -> Counted:
   """Every record once, in order; the last batch is filled up with records whose `valid` is False."""
   count = math.ceil(len(source) / batch) * batch
   dataset = grain.MapDataset.source(sources.Padded(Decoded(source), count))
-  return _batches(dataset, steps, seed, batch, process, processes, 0, workers)
+  return _batches(dataset, steps, seed, batch, process, processes, 0, workers, max_bad)

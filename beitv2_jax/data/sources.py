@@ -1,16 +1,21 @@
 """Where images come from. A source is indexable: source[i] → dict(image, and label where there is one).
 
-`image` is encoded bytes or a uint8 array [h, w, 3]; decoding happens in the transforms. `classes` names the labels, or is
-None for unlabelled images. A source is written as one string, `kind:location`:
+`image` is encoded bytes or a uint8 array [h, w, 3]; decoding happens in the pipeline. `classes` names the labels, or is
+None for unlabelled images; `name(i)` names a record in messages. A source is written as one string, `kind:location`:
 
   digits               scikit-learn's 1,797 handwritten digits (embedded in that package)
   fake:COUNT           smooth random images of 10 classes, for smoke tests
   folder:PATH          a folder of class folders, or a flat folder of unlabelled images
+  list:FILE            lines of `path` or `path label`, or of JSON {"class": ..., "files": [...]}
+  parquet:PATH         a folder of Hugging Face image parquet files
   tfds:NAME            a prepared TensorFlow Datasets data set (array_record; read without TensorFlow)
 """
 
+import bisect
 import dataclasses
+import json
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +34,10 @@ def make(spec: str, split: str, data_dir: str = '', holdout: float = 0.1) -> Any
   Sources without an evaluation split of their own hold out a fixed share (`holdout`) of their images.
   """
   kind, _, where = spec.partition(':')
-  makers = {'digits': Digits, 'fake': Fake, 'folder': Folder, 'tfds': Tfds}
+  makers = {'digits': Digits, 'fake': Fake, 'folder': Folder, 'list': ListFile, 'parquet': Parquet, 'tfds': Tfds}
   if kind not in makers or split not in SPLITS:
-    raise UserError(f'no data source {spec!r}; use one of digits, fake:COUNT, folder:PATH, tfds:NAME (split train or eval).')
+    known = 'digits, fake:COUNT, folder:PATH, list:FILE, parquet:PATH, tfds:NAME'
+    raise UserError(f'no data source {spec!r}; use one of {known} (split train or eval).')
   return makers[kind](where, split, data_dir=data_dir, holdout=holdout)
 
 
@@ -82,7 +88,48 @@ class Fake:
     return dict(image=np.clip(image, 0, 255).astype(np.uint8), label=label)
 
 
-class Folder:
+class Names:
+  """Many strings in one block of memory: a million paths as Python objects would be copied into every worker."""
+
+  def __init__(self, names: Sequence[str]):
+    encoded = [n.encode('utf-8', 'surrogateescape') for n in names]
+    self.ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+    self.block = b''.join(encoded)
+
+  def __len__(self) -> int:
+    return len(self.ends)
+
+  def __getitem__(self, i: int) -> str:
+    return self.block[self.ends[i - 1] if i else 0 : self.ends[i]].decode('utf-8', 'surrogateescape')
+
+
+class Files:
+  """Image files under `root`, with labels where there are any."""
+
+  def __init__(self, root: Path, names: Sequence[str], labels: np.ndarray | None, classes: list[str] | None):
+    self.root, self.names, self.labels, self.classes = str(root), Names(names), labels, classes
+
+  def __len__(self) -> int:
+    return len(self.names)
+
+  def __getitem__(self, i: int) -> dict:
+    with open(self.name(i), 'rb') as f:
+      record = dict(image=f.read())
+    return record if self.labels is None else record | dict(label=int(self.labels[i]))
+
+  def name(self, i: int) -> str:
+    return os.path.join(self.root, self.names[i])
+
+
+def keep_split(items: list, labels: list | None, split: str, holdout: float) -> tuple[list, np.ndarray | None]:
+  """The part of a source without splits that belongs to `split`."""
+  keep = split_indices(len(items), split, max(1, int(len(items) * holdout)))
+  if not len(keep):
+    raise UserError(f'{len(items)} images are too few to hold some out for evaluation: none are left for the {split} split.')
+  return [items[i] for i in keep], labels and np.asarray(labels)[keep]
+
+
+class Folder(Files):
   """PATH/class/*.jpg, PATH/{train,val}/class/*.jpg, or a flat PATH/*.jpg without labels."""
 
   def __init__(self, where: str, split: str, holdout: float = 0.1, **_):
@@ -97,64 +144,192 @@ class Folder:
       )
     base = own or root
     files = images_under(base)
-    folders = sorted({f.parent.relative_to(base).parts[0] for f in files if f.parent != base})
     if not files:
       raise UserError(f'no images under {base}: looked for {" ".join(sorted(EXTENSIONS))} in it and its sub-folders.')
-    self.classes = folders or None
-    if folders:
-      files = [f for f in files if f.parent != base]  # stray images beside class folders have no label
-      label = {name: i for i, name in enumerate(folders)}
-      labels = [label[f.relative_to(base).parts[0]] for f in files]
+    classes, labels = None, None
+    inside = [f for f in files if os.sep in f]
+    if inside:  # stray images beside class folders have no label
+      files, folders = inside, [f.partition(os.sep)[0] for f in inside]
+      classes = sorted(set(folders))
+      number = {name: i for i, name in enumerate(classes)}
+      labels = [number[name] for name in folders]
     if own is None:
-      keep = split_indices(len(files), split, max(1, int(len(files) * holdout)))
-      files = [files[i] for i in keep]
-      labels = [labels[i] for i in keep] if folders else None
+      files, labels = keep_split(files, labels, split, holdout)
+    super().__init__(base, files, None if labels is None else np.asarray(labels, np.int32), classes)
+
+
+class ListFile(Files):
+  """Lines of `path`, of `path label` (a number or a name), or of JSON {"class": name, "files": [paths]} (ImageNet-21k's index).
+
+  Paths are relative to the list's folder, or to data.dir where that is given. FILE,FILE names a list for training and one for evaluation.
+  """
+
+  def __init__(self, where: str, split: str, data_dir: str = '', holdout: float = 0.1, **_):
+    lists = [Path(p).expanduser() for p in where.split(',')]
+    for path in lists:
+      if not path.is_file():
+        raise UserError(f'no list {path.absolute()}: data.source=list:FILE needs a text file with one image a line.')
+    parsed = [self._read(p) for p in lists[:2]]
+    classes = sorted(
+      {c for _, labels in parsed for c in labels if c is not None}, key=lambda c: (not c.isdigit(), int(c) if c.isdigit() else 0, c)
+    )
+    if classes and all(c.isdigit() for c in classes):
+      classes = [str(i) for i in range(int(classes[-1]) + 1)]  # numbers are the labels themselves
+    own = len(lists) > 1
+    path, (names, labels) = (lists[split == 'eval'], parsed[split == 'eval']) if own else (lists[0], parsed[0])
+    if not names:
+      raise UserError(f'{path} names no images.')
+    if any(x is None for x in labels) and any(x is not None for x in labels):
+      raise UserError(f'{path}: some lines have a label and some have none.')
+    number = {c: i for i, c in enumerate(classes)}
+    labels = None if labels[0] is None else [number[x] for x in labels]
+    if not own:
+      names, labels = keep_split(names, labels, split, holdout)
+    root = Path(data_dir).expanduser() if data_dir else path.parent
+    if not (root / names[0]).is_file():
+      raise UserError(f'{path} names {names[0]}, but there is no {root / names[0]}; --config.data.dir=DIR says where its paths begin.')
+    super().__init__(root, names, None if labels is None else np.asarray(labels, np.int32), classes or None)
+
+  @staticmethod
+  def _read(path: Path) -> tuple[list[str], list[str | None]]:
+    names, labels = [], []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+      line = line.strip()
+      if line.startswith('{'):
+        try:
+          entry = json.loads(line)
+          names += entry['files']
+          labels += [str(entry['class'])] * len(entry['files'])
+        except (ValueError, KeyError, TypeError) as e:
+          raise UserError(f'{path}, line {number}: expected {{"class": ..., "files": [...]}}.') from e
+      elif line:
+        head, _, tail = line.rpartition('\t') if '\t' in line else line.rpartition(' ')
+        labelled = head and os.path.splitext(tail)[1].lower() not in EXTENSIONS  # file names may hold blanks
+        names.append(head.strip() if labelled else line)
+        labels.append(tail if labelled else None)
+    return names, labels
+
+
+def images_under(root: Path) -> list[str]:
+  """Paths, relative to `root`, of all files with an image's extension in it and its sub-folders, sorted."""
+  out, start = [], len(str(root)) + 1
+  for folder, folders, names in os.walk(root, followlinks=True):
+    folders.sort()
+    prefix = folder[start:]
+    out += [os.path.join(prefix, n) for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS]
+  return sorted(out)
+
+
+class Parquet:
+  """A folder of parquet files as Hugging Face writes them: a column `image` of {bytes, path} and a column `label`, if any.
+
+  Files of an evaluation split are told by their names (validation-00000-of-00014.parquet). Reading one image reads its row
+  group, a hundred images in Hugging Face's files: fine for small sets; for large ones prepare array_record.
+  """
+
+  def __init__(self, where: str, split: str, holdout: float = 0.1, **_):
+    from pyarrow import parquet
+
+    root = Path(where).expanduser()
+    files = sorted(root.rglob('*.parquet')) if root.is_dir() else [root] if root.is_file() else []
     if not files:
-      raise UserError(f'{base} leaves no images for the {split} split.')
-    self.files = files
-    self.labels = np.asarray(labels) if folders else None
+      raise UserError(f'no parquet files in {root.absolute()}: data.source=parquet:PATH needs a folder of *.parquet files.')
+    of = {s: [f for f in files if f.name.startswith(SPLITS[s])] for s in SPLITS}
+    own = of[split] or (files if not of['train'] and not of['eval'] else [])
+    if not own:
+      raise UserError(f'{root} has no {split} files: looked for names that begin with {", ".join(SPLITS[split])}.')
+    self.files, self.groups, self.starts, total = [str(f) for f in own], [], [], 0
+    for number, file in enumerate(self.files):
+      try:
+        meta = parquet.read_metadata(file)
+      except Exception as e:  # pyarrow raises its own types
+        raise UserError(f'{file} is not a whole parquet file: {str(e).splitlines()[0]}.') from e
+      for group in range(meta.num_row_groups):
+        self.groups.append((number, group))
+        self.starts.append(total)
+        total += meta.row_group(group).num_rows
+    schema = parquet.read_schema(self.files[0])
+    if 'image' not in schema.names:
+      raise UserError(f'{self.files[0]} has the columns {", ".join(schema.names)}; expected one called image.')
+    self.labelled = 'label' in schema.names
+    features = json.loads((schema.metadata or {}).get(b'huggingface', b'{}')).get('info', {}).get('features', {})
+    self.classes = features.get('label', {}).get('names') if self.labelled else None
+    self.rows = np.arange(total)
+    if not of['train'] and not of['eval']:
+      self.rows = split_indices(total, split, max(1, int(total * holdout)))
+    if self.labelled and not self.classes:
+      column = parquet.read_table(self.files[0], columns=['label']).column('label')
+      self.classes = [str(i) for i in range(int(max(column.to_pylist())) + 1)]
+    self._open = threading.local()
+
+  def __getstate__(self):
+    return {k: v for k, v in self.__dict__.items() if k != '_open'}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._open = threading.local()
 
   def __len__(self) -> int:
-    return len(self.files)
+    return len(self.rows)
 
   def __getitem__(self, i: int) -> dict:
-    record = dict(image=self.files[i].read_bytes())
-    return record if self.labels is None else record | dict(label=int(self.labels[i]))
+    from pyarrow import parquet
+
+    row = int(self.rows[i])
+    group = bisect.bisect_right(self.starts, row) - 1
+    if getattr(self._open, 'group', None) != group:
+      number, index = self.groups[group]
+      file = parquet.ParquetFile(self.files[number], memory_map=True)
+      self._open.table = file.read_row_group(index, columns=['image', 'label'] if self.labelled else ['image'])
+      self._open.group = group
+    table, at = self._open.table, row - self.starts[group]
+    image = table.column('image')[at].as_py()
+    image = image['bytes'] if isinstance(image, dict) else image
+    record = dict(image=image or b'')
+    return record | dict(label=int(table.column('label')[at].as_py())) if self.labelled else record
 
   def name(self, i: int) -> str:
-    return str(self.files[i])
-
-
-def images_under(root: Path) -> list[Path]:
-  """All files with an image's extension in `root` and its sub-folders, sorted."""
-  walk = os.walk(root, followlinks=True)
-  return sorted(Path(folder, n) for folder, _, names in walk for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS)
+    row = int(self.rows[i])
+    group = bisect.bisect_right(self.starts, row) - 1
+    return f'{self.files[self.groups[group][0]]}, row {row}'
 
 
 class Tfds:
-  """A prepared data set with an `image` feature. The encoded bytes are handed on as they are."""
+  """A prepared data set with an `image` feature, by name or by its directory. The encoded bytes are handed on as they are."""
 
   def __init__(self, where: str, split: str, data_dir: str = '', **_):
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(where, data_dir=data_dir or None)
-    split = next((n for n in SPLITS[split] if n in builder.info.splits), None)
-    if split is None:
+    how = 'Prepare it (for ImageNet: python -m beitv2_jax.data.prepare imagenet2012 --tars DIR --out DIR) and name the directory with --config.data.dir=DIR.'
+    try:
+      if (Path(where).expanduser() / 'dataset_info.json').is_file():
+        builder = tfds.builder_from_directory(str(Path(where).expanduser()))
+      else:
+        builder = tfds.builder(where, data_dir=data_dir or None, file_format='array_record')
+    except Exception as e:  # unknown names, missing packages, broken metadata: tfds raises many types
       raise UserError(
-        f'no prepared {where} in {builder.data_dir}. Prepare it with tfds (file_format array_record), '
-        'and name its directory with --config.data.dir=DIR.'
-      )
-    decoders = {'image': tfds.decode.SkipDecoding()}
-    self.source = builder.as_data_source(split=split, decoders=decoders)
-    label = builder.info.features.get('label')
-    self.classes = list(label.names) if label is not None else None
+        f'tfds cannot open {where!r} in {data_dir or "its default directory"}: {str(e).strip().splitlines()[0][:200]}. {how}'
+      ) from e
+    if 'image' not in builder.info.features:
+      raise UserError(f'{where} has the features {", ".join(builder.info.features)}; expected one called image.')
+    found = next((n for n in SPLITS[split] if n in builder.info.splits), None)
+    if found is None:
+      have = f'it has the splits {", ".join(builder.info.splits)}' if builder.info.splits else 'nothing is prepared there'
+      raise UserError(f'no {split} split of {where} in {builder.data_dir}: {have}. {how}')
+    self.source = builder.as_data_source(split=found, decoders={'image': tfds.decode.SkipDecoding()})
+    self.keys = [k for k in ('image', 'label') if k in builder.info.features]
+    self.classes = list(builder.info.features['label'].names) if 'label' in self.keys else None
+    self.where = f'{where} {found}'
 
   def __len__(self) -> int:
     return len(self.source)
 
   def __getitem__(self, i: int) -> dict:
     record = self.source[i]
-    return {k: record[k] for k in ('image', 'label') if k in record}
+    return {k: record[k] for k in self.keys}
+
+  def name(self, i: int) -> str:
+    return f'{self.where} record {i}'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.data import augment
 from beitv2_jax.data.masking import BlockMask
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
@@ -32,6 +33,8 @@ def make(c: Any) -> tuple[Task, Any]:
     )
   if c.mask.count >= ours[0] * ours[1] or c.mask.count < 1:
     raise UserError(f'mask.count={c.mask.count} of {ours[0] * ours[1]} patches: it must leave some to see and some to predict.')
+  if c.color_jitter_on not in ('host', 'device'):
+    raise UserError(f"color_jitter_on={c.color_jitter_on!r}; use 'host' (before the crop, as the official code) or 'device' (after it).")
   if c.model.head_layers and not 0 < c.model.early_layer < c.model.depth:
     raise UserError(f'model.early_layer={c.model.early_layer} must be a block before the last of {c.model.depth}.')
   c.model.vocab = theirs.model.codes
@@ -50,13 +53,14 @@ class PretrainTask(Task):
   def transforms(self, train, source):
     m = self.config.mask
     mask = BlockMask(config_lib.patch_grid(self.config), m.count, m.min_block, m.max_block, m.min_aspect)
-    return [*image_transforms(self.config.data, train, self.config.color_jitter), mask]
+    return [*image_transforms(self.config.data, train, self.config.color_jitter, self.config.color_jitter_on == 'device'), mask]
 
   def _forward(self, params, frozen, batch, **kwargs):
     """Per branch: cross-entropy [B, M] and whether the code was right [B, M]."""
-    codes = self.tokenizer.apply(frozen, tokenizer.vqkd_images(batch['image']), method='tokens')
+    images = augment.color_jitter(batch['image'], batch['jitter'], batch['jitter_order']) if 'jitter' in batch else batch['image']
+    codes = self.tokenizer.apply(frozen, tokenizer.vqkd_images(images), method='tokens')
     labels = jnp.take_along_axis(codes, batch['mask_index'], 1)
-    images = normalize(tokenizer.unit_images(batch['image']), IMAGENET_MEAN, IMAGENET_STD)
+    images = normalize(tokenizer.unit_images(images), IMAGENET_MEAN, IMAGENET_STD)
     branches = self.model.apply({'params': params}, images, index=batch['mask_index'], **kwargs)
     branches = [x.astype(jnp.float32) for x in branches]
     losses = [optax.softmax_cross_entropy_with_integer_labels(x, labels) for x in branches]
