@@ -13,13 +13,9 @@ from absl import logging
 
 from beitv2_jax import config as config_lib
 from beitv2_jax import handoff
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import SaveError, UserError
 
 logging.set_verbosity(logging.WARNING)  # Orbax reports every phase of a save
-
-
-class SaveError(RuntimeError):
-  """A checkpoint could not be written; older ones are intact."""
 
 
 class Checkpoints:

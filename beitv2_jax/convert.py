@@ -21,7 +21,7 @@ import numpy as np
 
 from beitv2_jax import api, checkpoint, handoff, sharding
 from beitv2_jax import config as config_lib
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import UserError, one_line
 from beitv2_jax.models.layers import relative_position_index
 from beitv2_jax.weights import files, huggingface, official, sizes
 
@@ -142,7 +142,8 @@ def _indices(text: str) -> tuple[int, ...]:
   return tuple(int(i) for i in text.split(','))
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_line
+def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog='python -m beitv2_jax.convert', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -162,24 +163,18 @@ def main(argv: list[str] | None = None) -> int:
   exp.add_argument('--to', required=True)
   exp.add_argument('--to-format', required=True, choices=('official', 'timm', 'hf'))
   args = parser.parse_args(argv)
-  try:
-    if args.command == 'export':
-      export_checkpoint(args.source, args.to, args.to_format)
-    elif args.list:
-      print(list_keys(args.kind, args.source))
-      return 0
-    elif not args.to:
-      raise UserError('give --to DIR, or --list to look first.')
-    else:
-      given = dict(
-        heads=args.num_heads, decoder_heads=args.decoder_num_heads, grid=args.grid, early=args.early_layer, out_indices=args.out_indices
-      )
-      import_checkpoint(args.kind, args.source, args.to, **given)
-    print(f'wrote {args.to}')
-    return 0
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
+  if args.command == 'export':
+    export_checkpoint(args.source, args.to, args.to_format)
+  elif args.list:
+    return print(list_keys(args.kind, args.source))
+  elif not args.to:
+    raise UserError('give --to DIR, or --list to look first.')
+  else:
+    given = dict(
+      heads=args.num_heads, decoder_heads=args.decoder_num_heads, grid=args.grid, early=args.early_layer, out_indices=args.out_indices
+    )
+    import_checkpoint(args.kind, args.source, args.to, **given)
+  print(f'wrote {args.to}')
 
 
 if __name__ == '__main__':

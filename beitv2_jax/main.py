@@ -6,16 +6,16 @@ Trains the stage that a config describes. Every field can be set from the comman
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from beitv2_jax import checkpoint, train
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import SaveError, UserError
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file in configs/, with recipe arguments after a colon.', lock_config=True)
+# Decoding processes import this file again, so what is slow to import is imported inside functions.
+CONFIG = config_flags.DEFINE_config_file('config', None, 'A file in configs/, with recipe arguments after a colon.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints, metrics and config.json go; also what a stopped run goes on from.')
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0. Not needed on TPU pods and SLURM.')
 _PROCESSES = flags.DEFINE_integer('processes', None, 'Number of processes, with --coordinator.')
@@ -24,6 +24,8 @@ _PROCESS = flags.DEFINE_integer('process', None, 'Index of this process, with --
 
 def start_distributed() -> None:
   """Connects the processes of a multi-host run: by flags, or as the TPU pod or SLURM job says."""
+  import jax
+
   if _COORDINATOR.value:
     jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   elif int(os.environ.get('SLURM_NTASKS', 1)) > 1 or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', ''):
@@ -32,6 +34,8 @@ def start_distributed() -> None:
 
 def use_compilation_cache() -> None:
   """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+  import jax
+
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str(Path.home() / '.cache' / 'beitv2_jax' / 'xla'))
 
@@ -55,23 +59,30 @@ def parse(argv: list[str]) -> list[str]:
     ) from e
 
 
-def main(_) -> None:
-  if _CONFIG.value is None:
+def given_config():
+  if CONFIG.value is None:
     raise UserError('give --config=FILE, such as --config=configs/vqkd_b16.py; recipes are in configs/.')
+  return CONFIG.value
+
+
+def train(_) -> None:
+  config = given_config()
   if not _WORKDIR.value:
     raise UserError('give --workdir=DIR: where checkpoints and metrics go, and what a stopped run goes on from.')
+  from beitv2_jax import train
+
   use_compilation_cache()
   start_distributed()
-  train.run(_CONFIG.value, _WORKDIR.value)
+  train.run(config, _WORKDIR.value)
 
 
-def entry() -> None:
-  """main with one-line errors: 2 is bad input, 1 a run that failed, 130 and 143 a signal after which state was saved."""
+def entry(main: Callable = train) -> None:
+  """`main` with one-line errors: 2 is bad input, 1 a run that failed, 130 and 143 a signal after which state was saved."""
   try:
     app.run(main, flags_parser=parse)
   except UserError as e:
     sys.exit(_error(e, 2))
-  except (FloatingPointError, checkpoint.SaveError) as e:
+  except (FloatingPointError, SaveError) as e:
     sys.exit(_error(e, 1))
 
 

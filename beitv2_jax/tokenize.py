@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from beitv2_jax import api
 from beitv2_jax.data import sources, transforms
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import UserError, one_line
 from beitv2_jax.main import use_compilation_cache
 
 
@@ -80,7 +80,8 @@ def save(path: Path, names: list[Path], codes: np.ndarray) -> None:
     raise UserError(f'--save {path}: give a name that ends in .npz or .parquet.')
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_line
+def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog='python -m beitv2_jax.tokenize', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -90,21 +91,16 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--batch', type=int, default=32)
   args = parser.parse_args(argv)
   use_compilation_cache()
-  try:
-    if args.save and args.save.suffix not in ('.npz', '.parquet'):
-      raise UserError(f'--save {args.save}: give a name that ends in .npz or .parquet.')
-    names, codes = tokenize(api.load(args.tokenizer), find_images(args.paths), args.batch)
-    if args.save:
-      save(args.save, names, codes)
-      print(f'wrote {len(names)} x {codes.shape[1]} x {codes.shape[2]} codes to {args.save}')
-    else:
-      for name, grid in zip(names, codes):
-        print(name)
-        print('\n'.join(' '.join(f'{c:4d}' for c in row) for row in grid))
-    return 0
-  except UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 2
+  if args.save and args.save.suffix not in ('.npz', '.parquet'):
+    raise UserError(f'--save {args.save}: give a name that ends in .npz or .parquet.')
+  names, codes = tokenize(api.load(args.tokenizer), find_images(args.paths), args.batch)
+  if args.save:
+    save(args.save, names, codes)
+    print(f'wrote {len(names)} x {codes.shape[1]} x {codes.shape[2]} codes to {args.save}')
+  else:
+    for name, grid in zip(names, codes):
+      print(name)
+      print('\n'.join(' '.join(f'{c:4d}' for c in row) for row in grid))
 
 
 if __name__ == '__main__':

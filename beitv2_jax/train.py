@@ -91,7 +91,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   """Trains `c` in `workdir`, going on from its newest checkpoint. Returns the last evaluation.
 
   Raises: UserError (bad input), Interrupted (a signal; the state is saved), FloatingPointError (the loss is not finite),
-  checkpoint.SaveError.
+  SaveError.
   """
   workdir = Path(workdir).expanduser().absolute()
   config_lib.check(c)

@@ -2,6 +2,8 @@ import io
 import json
 import pathlib
 import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -319,7 +321,7 @@ def test_list_files(tmp_path):
   train, held = (sources.make(both, s) for s in ('train', 'eval'))
   assert [train[i]['label'] for i in range(6)] == [0, 1, 2, 0, 1, 2] and held[0]['label'] == 2 and train.classes == ['0', '1', '2']
   index = sources.make(f'list:{tmp_path}/index.jsonl', 'train', holdout=0.4)
-  assert index.classes == ['n1', 'n2'] and all(index[i]['label'] == (index.name(i)[-5] != '2') for i in range(2))
+  assert index.classes == ['n1', 'n2'] and all(index[i]['label'] == (index.name(i)[-5] != '2') for i in range(len(index)))
   (tmp_path / 'gone.txt').write_text('x.jpg')
   for spec, words in (('gone.txt,val.txt', 'names x.jpg, but there is no'), ('none.txt', 'no list'), ('val.txt', '1 images are too few')):
     with pytest.raises(UserError, match=words):
@@ -355,3 +357,22 @@ def test_a_source_is_small_in_a_workers_pickle(tmp_path):
   files = sources.Files(tmp_path, names, np.zeros(len(names), np.int32), None)
   assert files.name(77) == f'{tmp_path}/{names[77]}' and files.names[len(names) - 1] == names[-1] and len(files) == len(names)
   assert len(pickle.dumps(files)) < 50 * len(names)
+
+
+def test_bench_prints_stages_and_a_verdict():
+  command = [sys.executable, '-m', 'beitv2_jax.data.bench', '--config=configs/beitv2_b16.py:smoke', '--images=64']
+  run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert run.returncode == 0, run.stderr
+  for words in (
+    'decode',
+    'ColorJitter',
+    'RandomResizedCrop',
+    'BlockMask',
+    'images/s a core',
+    'pipeline with threads',
+    'H100',
+    'cores needed',
+  ):
+    assert words in run.stdout, words
+  run = subprocess.run([*command[:-1], '--config.data.source=folder:/nowhere'], capture_output=True, text=True, timeout=120)
+  assert run.returncode == 2 and run.stderr.startswith('error: no folder /nowhere')

@@ -12,7 +12,7 @@ import pytest
 from beitv2_jax import checkpoint, handoff, metrics, optim, sharding, tasks, train
 from beitv2_jax import config as config_lib
 from beitv2_jax.data import sources
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import SaveError, UserError
 from tests.conftest import main_command, main_env, run_main, smoke
 
 
@@ -204,7 +204,7 @@ def test_a_failed_save_is_clear_and_keeps_the_last_good_one(tmp_path, monkeypatc
 
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint.ocp.CheckpointManager, 'save', full_disk)
-    with pytest.raises(checkpoint.SaveError, match=r'could not save checkpoint 6.*No space left.*last good checkpoint is step 3'):
+    with pytest.raises(SaveError, match=r'could not save checkpoint 6.*No space left.*last good checkpoint is step 3'):
       train.run(smoke('pretrain'), tmp_path)
   train.run(smoke('pretrain'), tmp_path)
   assert checkpoint.load_variables(tmp_path)[2] == 6

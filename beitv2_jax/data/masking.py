@@ -42,14 +42,15 @@ class BlockMask:
     gh, gw = self.grid
     log_aspect = math.log(self.min_aspect)
     for _ in range(10):
-      area = self.min_block + (room - self.min_block) * rng.random()  # also when room < min_block, as the original does
-      aspect = math.exp(rng.uniform(log_aspect, -log_aspect))
+      u = rng.random(4).tolist()  # one call: a generator's cost is in the calling
+      area = self.min_block + (room - self.min_block) * u[0]  # also when room < min_block, as the original does
+      aspect = math.exp(log_aspect * (1 - 2 * u[1]))
       h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
       if w >= gw or h >= gh:  # a block never spans a whole side
         continue
-      top, left = rng.integers(0, gh - h + 1), rng.integers(0, gw - w + 1)
+      top, left = int(u[2] * (gh - h + 1)), int(u[3] * (gw - w + 1))
       block = mask[top : top + h, left : left + w]
-      new = h * w - int(block.sum())
+      new = h * w - int(np.count_nonzero(block))
       if 0 < new <= room:
         block[:] = True
         return new

@@ -7,6 +7,7 @@ on exactly where it was, on any number of hosts and workers.
 
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -73,15 +74,34 @@ def _apply(steps: Sequence, record: dict, rng: np.random.Generator) -> dict:
   return functools.reduce(lambda r, f: f(r, rng), steps, record)
 
 
+class _Part(grain.MapDataset):
+  """The records of one process, from a batch on: its batch k is the whole stream's batches kP + p, of `size` records each."""
+
+  def __init__(self, parent: grain.MapDataset, size: int, process: int, processes: int, start: int):
+    super().__init__(parent)
+    self.size, self.process, self.processes, self.start = size, process, processes, start
+
+  def __len__(self) -> int:
+    return max(len(self._parent) // self.processes - self.start * self.size, 0)
+
+  def __getitem__(self, i: int) -> dict:
+    batch, place = divmod(i, self.size)
+    return self._parent[((self.start + batch) * self.processes + self.process) * self.size + place]
+
+
 def _batches(dataset, steps, seed, batch, process, processes, start, workers, max_bad):
-  dataset = dataset.random_map(functools.partial(_apply, steps), seed=seed).batch(batch // processes)
-  dataset = dataset.slice(slice(process, None, processes)).slice(slice(start, None))
-  threads = 0 if workers < 0 else 8
-  iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-  if workers > 0:
+  size = batch // processes
+  dataset = dataset.random_map(functools.partial(_apply, steps), seed=seed)
+  dataset = _Part(dataset, size, process, processes, start)
+  if workers > 0:  # every worker makes whole batches
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which tests and notebooks never parse
-    iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    iterator = dataset.batch(size).to_iter_dataset(one).mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  else:  # threads share a batch, so the first one is soon there
+    threads = 0 if workers < 0 else min(16, 2 * (os.cpu_count() or 1))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size if threads else 0)
+    iterator = dataset.to_iter_dataset(options).batch(size)
   return Counted(iter(iterator), max_bad)
 
 

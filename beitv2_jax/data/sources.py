@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from beitv2_jax.errors import UserError
 
@@ -92,9 +93,11 @@ class Names:
   """Many strings in one block of memory: a million paths as Python objects would be copied into every worker."""
 
   def __init__(self, names: Sequence[str]):
-    encoded = [n.encode('utf-8', 'surrogateescape') for n in names]
-    self.ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
-    self.block = b''.join(encoded)
+    block = ''.join(names)
+    if not block.isascii():
+      names = [n.encode('utf-8', 'surrogateescape') for n in names]
+    self.ends = np.cumsum(np.fromiter(map(len, names), np.int64, len(names)))
+    self.block = block.encode('utf-8', 'surrogateescape')
 
   def __len__(self) -> int:
     return len(self.ends)
@@ -103,30 +106,32 @@ class Names:
     return self.block[self.ends[i - 1] if i else 0 : self.ends[i]].decode('utf-8', 'surrogateescape')
 
 
-class Files:
-  """Image files under `root`, with labels where there are any."""
+def held_out(count: int, split: str, holdout: float) -> np.ndarray:
+  """The records of a source without splits that belong to `split`."""
+  keep = split_indices(count, split, max(1, int(count * holdout)))
+  if not len(keep):
+    raise UserError(f'{count} images are too few to hold some out for evaluation: none are left for the {split} split.')
+  return keep
 
-  def __init__(self, root: Path, names: Sequence[str], labels: np.ndarray | None, classes: list[str] | None):
-    self.root, self.names, self.labels, self.classes = str(root), Names(names), labels, classes
+
+class Files:
+  """Image files under `root`, with labels where there are any; `keep` are the ones that count, all by default."""
+
+  def __init__(self, root: Path, names: Sequence[str], labels: Any, classes: list[str] | None, keep: np.ndarray | None = None):
+    self.root, self.names, self.classes = str(root), Names(names), classes
+    self.labels = None if labels is None else np.asarray(labels, np.int32)
+    self.keep = np.arange(len(names)) if keep is None else keep
 
   def __len__(self) -> int:
-    return len(self.names)
+    return len(self.keep)
 
   def __getitem__(self, i: int) -> dict:
     with open(self.name(i), 'rb') as f:
       record = dict(image=f.read())
-    return record if self.labels is None else record | dict(label=int(self.labels[i]))
+    return record if self.labels is None else record | dict(label=int(self.labels[self.keep[i]]))
 
   def name(self, i: int) -> str:
-    return os.path.join(self.root, self.names[i])
-
-
-def keep_split(items: list, labels: list | None, split: str, holdout: float) -> tuple[list, np.ndarray | None]:
-  """The part of a source without splits that belongs to `split`."""
-  keep = split_indices(len(items), split, max(1, int(len(items) * holdout)))
-  if not len(keep):
-    raise UserError(f'{len(items)} images are too few to hold some out for evaluation: none are left for the {split} split.')
-  return [items[i] for i in keep], labels and np.asarray(labels)[keep]
+    return os.path.join(self.root, self.names[int(self.keep[i])])
 
 
 class Folder(Files):
@@ -143,19 +148,17 @@ class Folder(Files):
         f'{root} has a train folder but none of {", ".join(SPLITS["eval"])} for evaluation: add one, or point at {root}/train to hold out a share of it.'
       )
     base = own or root
-    files = images_under(base)
-    if not files:
+    found = image_folders(base)
+    if not found:
       raise UserError(f'no images under {base}: looked for {" ".join(sorted(EXTENSIONS))} in it and its sub-folders.')
+    if len(found) > 1 and not found[0][0]:
+      found = found[1:]  # stray images beside class folders have no label
+    files = [n for folder, names in found for n in (map(f'{folder}{os.sep}'.__add__, names) if folder else names)]
     classes, labels = None, None
-    inside = [f for f in files if os.sep in f]
-    if inside:  # stray images beside class folders have no label
-      files, folders = inside, [f.partition(os.sep)[0] for f in inside]
-      classes = sorted(set(folders))
-      number = {name: i for i, name in enumerate(classes)}
-      labels = [number[name] for name in folders]
-    if own is None:
-      files, labels = keep_split(files, labels, split, holdout)
-    super().__init__(base, files, None if labels is None else np.asarray(labels, np.int32), classes)
+    if found[0][0]:
+      classes, index = np.unique([folder.partition(os.sep)[0] for folder, _ in found], return_inverse=True)
+      classes, labels = classes.tolist(), np.repeat(index, [len(names) for _, names in found])
+    super().__init__(base, files, labels, classes, held_out(len(files), split, holdout) if own is None else None)
 
 
 class ListFile(Files):
@@ -183,12 +186,10 @@ class ListFile(Files):
       raise UserError(f'{path}: some lines have a label and some have none.')
     number = {c: i for i, c in enumerate(classes)}
     labels = None if labels[0] is None else [number[x] for x in labels]
-    if not own:
-      names, labels = keep_split(names, labels, split, holdout)
     root = Path(data_dir).expanduser() if data_dir else path.parent
     if not (root / names[0]).is_file():
       raise UserError(f'{path} names {names[0]}, but there is no {root / names[0]}; --config.data.dir=DIR says where its paths begin.')
-    super().__init__(root, names, None if labels is None else np.asarray(labels, np.int32), classes or None)
+    super().__init__(root, names, labels, classes or None, None if own else held_out(len(names), split, holdout))
 
   @staticmethod
   def _read(path: Path) -> tuple[list[str], list[str | None]]:
@@ -210,14 +211,29 @@ class ListFile(Files):
     return names, labels
 
 
+def image_folders(root: Path) -> list[tuple[str, list[str]]]:
+  """(folder relative to `root`, its images' names, sorted) for `root` and all its sub-folders that hold any, in order."""
+  out, endings = [], tuple(EXTENSIONS)
+
+  def walk(folder: str) -> None:
+    try:
+      names = sorted(os.listdir(os.path.join(root, folder)))
+    except OSError as e:
+      return logging.warning('left out %s: %s', e.filename, e.strerror)
+    images = [n for n in names if n.lower().endswith(endings)]  # no look at each file: a million of them takes seconds
+    if images:
+      out.append((folder, images))
+    for name in names if len(images) < len(names) else ():
+      if not name.lower().endswith(endings) and os.path.isdir(os.path.join(root, folder, name)):
+        walk(os.path.join(folder, name))
+
+  walk('')
+  return out
+
+
 def images_under(root: Path) -> list[str]:
-  """Paths, relative to `root`, of all files with an image's extension in it and its sub-folders, sorted."""
-  out, start = [], len(str(root)) + 1
-  for folder, folders, names in os.walk(root, followlinks=True):
-    folders.sort()
-    prefix = folder[start:]
-    out += [os.path.join(prefix, n) for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS]
-  return sorted(out)
+  """Paths, relative to `root`, of all images in it and its sub-folders."""
+  return [os.path.join(folder, n) for folder, names in image_folders(root) for n in names]
 
 
 class Parquet:
@@ -256,7 +272,7 @@ class Parquet:
     self.classes = features.get('label', {}).get('names') if self.labelled else None
     self.rows = np.arange(total)
     if not of['train'] and not of['eval']:
-      self.rows = split_indices(total, split, max(1, int(total * holdout)))
+      self.rows = held_out(total, split, holdout)
     if self.labelled and not self.classes:
       column = parquet.read_table(self.files[0], columns=['label']).column('label')
       self.classes = [str(i) for i in range(int(max(column.to_pylist())) + 1)]
@@ -301,9 +317,15 @@ class Tfds:
     import tensorflow_datasets as tfds
 
     how = 'Prepare it (for ImageNet: python -m beitv2_jax.data.prepare imagenet2012 --tars DIR --out DIR) and name the directory with --config.data.dir=DIR.'
+    folders = [
+      f
+      for base in (where, os.path.join(data_dir, where))
+      for f in (Path(base).expanduser(), *sorted(Path(base).expanduser().glob('*.*.*')))
+    ]
+    prepared = [str(f) for f in folders if (f / 'dataset_info.json').is_file()]
     try:
-      if (Path(where).expanduser() / 'dataset_info.json').is_file():
-        builder = tfds.builder_from_directory(str(Path(where).expanduser()))
+      if prepared:  # the newest version
+        builder = tfds.builder_from_directory(prepared[-1])
       else:
         builder = tfds.builder(where, data_dir=data_dir or None, file_format='array_record')
     except Exception as e:  # unknown names, missing packages, broken metadata: tfds raises many types

@@ -1,0 +1,61 @@
+"""Floating-point operations a model needs for one image, by formula: two for every multiply-add of a matrix product.
+
+Only what the method needs: no recomputation, no norms, activations or softmax. A trained part counts three times its forward
+(once forward, twice backward), a frozen one once.
+"""
+
+import math
+from typing import Any
+
+from beitv2_jax import config as config_lib
+
+
+def vit(width: int, depth: int, tokens: int, mlp_ratio: float = 4.0) -> float:
+  """Blocks of a transformer on `tokens` tokens: 2T(4D² + 2rD²) for the matrices and 4T²D for attention, each."""
+  return depth * (2 * tokens * (4 + 2 * mlp_ratio) * width**2 + 4 * tokens**2 * width)
+
+
+def linear(tokens: int, features_in: int, features_out: int) -> float:
+  return 2.0 * tokens * features_in * features_out
+
+
+def tokenizer_codes(m: Any, patches: int) -> float:
+  """Images to codes: encoder, its head, distances to the codebook."""
+  e = m.encoder
+  head = linear(patches, e.width, e.width) + linear(patches, e.width, m.code_dim)
+  embed = linear(patches, 3 * m.patch_size**2, e.width)
+  return embed + vit(e.width, e.depth, patches + 1, m.mlp_ratio) + head + linear(patches, m.code_dim, m.codes)
+
+
+def tokenizer_decoder(m: Any, patches: int) -> float:
+  d = m.decoder
+  head = linear(patches, d.width, d.width) + linear(patches, d.width, m.teacher_width)
+  return linear(patches, m.code_dim, d.width) + vit(d.width, d.depth, patches + 1, m.mlp_ratio) + head
+
+
+def pretraining_model(m: Any, patches: int, masked: int) -> float:
+  """The student: backbone, aggregation blocks, and the code head on masked patches, once a branch."""
+  embed = linear(patches, 3 * m.patch_size**2, m.width)
+  branches = 2 if m.head_layers else 1
+  return embed + vit(m.width, m.depth + m.head_layers, patches + 1, m.mlp_ratio) + branches * linear(masked, m.width, m.vocab)
+
+
+def per_image(c: Any, tokenizer: Any = None) -> dict[str, float]:
+  """{part: operations of one training step for one image} of a config.
+
+  `tokenizer` is the model section of the frozen tokenizer's config (the released one's if not given). The teacher of a tokenizer
+  is taken to be as large as its encoder, as CLIP ViT-B/16 is.
+  """
+  patches = math.prod(config_lib.patch_grid(c))
+  m = c.model
+  if c.task == 'tokenizer':
+    teacher = vit(m.encoder.width, m.encoder.depth, patches + 1, m.mlp_ratio)
+    return {'student': 3 * (tokenizer_codes(m, patches) + tokenizer_decoder(m, patches)), 'teacher': teacher}
+  if c.task == 'pretrain':
+    frozen = tokenizer or config_lib.tokenizer_model()
+    m = m.copy_and_resolve_references()
+    if not m.vocab:
+      m = m.unlock()
+      m.vocab = frozen.codes
+    return {'student': 3 * pretraining_model(m, patches, c.mask.count), 'tokenizer': tokenizer_codes(frozen, patches)}
+  raise ValueError(f'no formula for the task {c.task!r}')

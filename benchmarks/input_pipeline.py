@@ -1,0 +1,163 @@
+"""Our input pipeline against a torch DataLoader with torchvision's transforms on Pillow, side by side on the same files.
+
+  python benchmarks/input_pipeline.py FOLDER [--workers 2] [--rounds 5]     images/s, alternating rounds, and their ratio
+  python benchmarks/input_pipeline.py FOLDER --memory [--images 20000]      memory of our worker processes as they go on
+  python benchmarks/input_pipeline.py --index                               time to the first batch of a 1.28 M record index
+
+Both make, from JPEG bytes, uint8 batches of 224 px crops (antialiased bicubic) with flip and block mask. Needs torch (extra [parity]).
+"""
+
+import argparse
+import math
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from beitv2_jax.data import pipeline, sources, transforms
+from beitv2_jax.data.masking import BlockMask
+
+BATCH = 64
+
+
+def ours(folder: str, workers: int):
+  source = sources.make(f'folder:{folder}', 'train', holdout=1e-9)
+  steps = [transforms.RandomResizedCrop(224), transforms.Flip(), BlockMask((14, 14), 75)]
+  return pipeline.train_batches(source, steps, seed=0, batch=BATCH, workers=workers)
+
+
+class TorchImages:
+  """torchvision's RandomResizedCrop (bicubic) and flip on PIL images, and the official mask generator's algorithm, as people write it."""
+
+  def __init__(self, folder: str):
+    self.files = [os.path.join(folder, n) for n in sources.images_under(Path(folder))]
+
+  def __len__(self):
+    return len(self.files)
+
+  def __getitem__(self, i):
+    import torch
+    from PIL import Image
+
+    with open(self.files[i], 'rb') as f:
+      image = Image.open(f).convert('RGB')
+    width, height = image.size
+    for _ in range(10):
+      area = width * height * random.uniform(0.08, 1.0)
+      aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+      w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+      if 0 < w <= width and 0 < h <= height:
+        left, top = random.randint(0, width - w), random.randint(0, height - h)
+        break
+    else:
+      w = h = min(width, height)
+      left, top = (width - w) // 2, (height - h) // 2
+    image = image.crop((left, top, left + w, top + h)).resize((224, 224), Image.Resampling.BICUBIC)
+    if random.random() < 0.5:
+      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(image)), torch.from_numpy(BlockMask((14, 14), 75).draw(np.random.default_rng()))
+
+
+def theirs(folder: str, workers: int):
+  import torch
+
+  def forever(loader):
+    while True:
+      yield from loader
+
+  torch.set_num_threads(1)
+  return forever(
+    torch.utils.data.DataLoader(
+      TorchImages(folder), BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+    )
+  )
+
+
+def compare(folder: str, workers: int, rounds: int, images: int) -> None:
+  loaders = {'ours': ours(folder, workers), 'torch': theirs(folder, workers)}
+  rates = {name: [] for name in loaders}
+  for loader in loaders.values():
+    for _ in range(4):  # start workers, fill queues
+      next(loader)
+  for _ in range(rounds):
+    for name, loader in loaders.items():
+      for _ in range(2 * max(workers, 1) + 2):  # what was prefetched while the other one ran
+        next(loader)
+      start = time.monotonic()
+      for _ in range(images // BATCH):
+        next(loader)
+      rates[name].append(images // BATCH * BATCH / (time.monotonic() - start))
+      time.sleep(1.0)  # its queues fill up, then its workers rest
+  cores = max(workers, 1)
+  for name, values in rates.items():
+    print(f'{name:6s}{statistics.median(values) / cores:8.0f} images/s a core (rounds {" ".join(f"{v / cores:.0f}" for v in values)})')
+  ratios = [a / b for a, b in zip(rates['ours'], rates['torch'])]
+  print(f'ratio {statistics.median(ratios):.2f} (rounds {" ".join(f"{r:.2f}" for r in ratios)}), {workers} workers, {os.cpu_count()} cores')
+
+
+def children_memory() -> list[float]:
+  """Resident MiB of every child process that runs Python's spawn."""
+  out = []
+  for pid in filter(str.isdigit, os.listdir('/proc')):
+    try:
+      stat, line = Path(f'/proc/{pid}/stat').read_text(), Path(f'/proc/{pid}/cmdline').read_text()
+      if int(stat.rpartition(')')[2].split()[1]) == os.getpid() and 'spawn_main' in line:
+        out.append(int(Path(f'/proc/{pid}/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20)
+    except OSError:
+      pass
+  return sorted(out)
+
+
+def memory(folder: str, workers: int, images: int) -> None:
+  batches = ours(folder, workers)
+  for k in range(images // BATCH + 1):
+    next(batches)
+    if k * BATCH % 2560 == 0:
+      print(f'{k * BATCH:6d} images: workers hold {", ".join(f"{m:.0f}" for m in children_memory())} MiB', flush=True)
+
+
+def index() -> None:
+  """1,281,167 files in 1,000 class folders, most of them hard links to one image."""
+  from PIL import Image
+
+  with tempfile.TemporaryDirectory() as folder:
+    images = []
+    for i in range(30):  # a file may have 65,000 links
+      path = Path(folder) / f'image{i}'
+      Image.effect_noise((500, 375), 50).convert('RGB').save(path, 'JPEG')
+      images.append(path)
+    for i in range(1_281_167):
+      place = Path(folder) / 'train' / f'n{i % 1000:08d}'
+      if i < 1000:
+        place.mkdir(parents=True)
+      os.link(images[i // 45_000], place / f'n{i % 1000:08d}_{i}.JPEG')
+    start = time.monotonic()
+    source = sources.make(f'folder:{folder}/train', 'train', holdout=1e-9)
+    listed = time.monotonic() - start
+    batches = pipeline.train_batches(source, [transforms.RandomResizedCrop(224), transforms.Flip()], seed=0, batch=BATCH)
+    next(batches)
+    print(f'{len(source):,} files: listed in {listed:.1f} s, first batch of {BATCH} after {time.monotonic() - start:.1f} s')
+    batches.close()
+
+
+if __name__ == '__main__':
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('folder', nargs='?')
+  parser.add_argument('--workers', type=int, default=2)
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--images', type=int, default=0)
+  parser.add_argument('--memory', action='store_true')
+  parser.add_argument('--index', action='store_true')
+  args = parser.parse_args()
+  if args.index:
+    index()
+  elif not args.folder:
+    parser.error('give a FOLDER of JPEGs')
+  elif args.memory:
+    memory(args.folder, args.workers, args.images or 20_000)
+  else:
+    compare(args.folder, args.workers, args.rounds, args.images or 2048)

@@ -1,0 +1,41 @@
+"""The formulas against XLA's own count of what the modules do."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from beitv2_jax import api, flops
+from beitv2_jax import config as config_lib
+from configs import beitv2_b16, vqkd_b16
+
+
+def counted(module, *args, **kwargs):
+  """Operations of one forward pass of the module, by XLA, for one image."""
+  x = jnp.zeros((1, 224, 224, 3))
+  variables = jax.eval_shape(module.init, jax.random.key(0), x)
+  run = lambda v, x, *a: module.apply(v, x, *a, **kwargs)
+  return jax.jit(run).lower(variables, x, *args).cost_analysis()['flops']
+
+
+@pytest.mark.parametrize('stage', ['tokenizer', 'pretrain'])
+def test_formulas_are_what_xla_counts(stage):
+  c = {'tokenizer': vqkd_b16, 'pretrain': beitv2_b16}[stage].get_config().unlock()
+  c.dtype = 'float32'
+  if stage == 'tokenizer':
+    c.model.teacher_width = 512
+    formula = flops.tokenizer_codes(c.model, 196) + flops.tokenizer_decoder(c.model, 196)
+    measured = counted(api.build(c))
+  else:
+    c.model.vocab = 8192
+    formula = flops.pretraining_model(c.model, 196, 75)
+    measured = counted(api.build(c), None, jnp.zeros((1, 75), jnp.int32))
+  assert formula < measured < 1.04 * formula  # the rest is norms, softmax, GELU
+
+
+def test_a_step():
+  c = beitv2_b16.get_config()
+  parts = flops.per_image(c)
+  assert parts['tokenizer'] == flops.tokenizer_codes(config_lib.tokenizer_model(), 196)
+  assert parts['student'] == pytest.approx(
+    3 * 2 * 19.4e9 * (14 / 12), rel=0.08
+  )  # ViT-B/16 has 17.6 G multiply-adds in 12 blocks, plus two heads

@@ -1,0 +1,109 @@
+"""ImageNet's tars, in their real layout, through prepare and back out of the pipeline."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beitv2_jax.data import pipeline, prepare, sources, transforms
+from beitv2_jax.errors import UserError
+
+WNIDS = ('n01440764', 'n01443537', 'n15075141')  # labels 0, 1 and 999
+VALIDATION = ('n01751748', 'n09193705', 'n02105855')  # what the first three validation images are
+
+
+def jpeg(value, mode='RGB', form='JPEG'):
+  out = io.BytesIO()
+  Image.new('RGB', (400, 300), (value, 10, 10)).convert(mode).save(out, form)
+  return out.getvalue()
+
+
+def add(tar, name, data):
+  info = tarfile.TarInfo(name)
+  info.size = len(data)
+  tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope='module')
+def tars(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('tars')
+  with tarfile.open(folder / 'ILSVRC2012_img_train.tar', 'w') as outer:
+    for c, wnid in enumerate(WNIDS):
+      inner = io.BytesIO()
+      with tarfile.open(fileobj=inner, mode='w') as tar:
+        for i in range(4):
+          kind = {(1, 2): ('CMYK', 'JPEG'), (2, 1): ('RGB', 'PNG')}.get((c, i), ('RGB', 'JPEG'))  # ImageNet has both
+          add(tar, f'{wnid}_{i}.JPEG', jpeg(60 * c + 10 * i, *kind))
+      add(outer, f'{wnid}.tar', inner.getvalue())
+  with tarfile.open(folder / 'ILSVRC2012_img_val.tar', 'w') as tar:
+    for i in range(3):
+      add(tar, f'ILSVRC2012_val_{i + 1:08d}.JPEG', jpeg(200 + 10 * i))
+  return folder
+
+
+def run(tars, out, *extra):
+  return prepare.main(['imagenet2012', '--tars', str(tars), '--out', str(out), '--workers', '2', *extra])
+
+
+def test_what_is_prepared_reads_back(tars, tmp_path, monkeypatch):
+  monkeypatch.setattr(prepare, 'SHARD_BYTES', 15_000)
+  assert run(tars, tmp_path, '--partial') == 0
+  folder = tmp_path / 'imagenet2012' / '5.1.0'
+  shards = sorted(folder.glob('*train.array_record*'))
+  assert len(shards) > 1
+  train, held = (sources.make('tfds:imagenet2012', s, data_dir=str(tmp_path)) for s in ('train', 'eval'))
+  assert (len(train), len(held), len(train.classes)) == (12, 3, 1000)
+  assert sorted({r['label'] for r in (train[i] for i in range(12))}) == [0, 1, 999]
+  seen = sorted(int(transforms.decode(train[i]['image'])[0, 0, 0]) for i in range(12))
+  assert np.abs(np.array(seen) - sorted(60 * c + 10 * i for c in range(3) for i in range(4))).max() <= 4
+  assert all(Image.open(io.BytesIO(train[i]['image'])).mode == 'RGB' for i in range(12))  # CMYK and PNG were made RGB JPEGs
+  by_value = {round(int(transforms.decode(r['image'])[0, 0, 0]) / 10) * 10: r['label'] for r in (held[i] for i in range(3))}
+  assert [train.classes[by_value[v]] for v in (200, 210, 220)] == list(VALIDATION)
+  assert train[0]['label'] != train[11]['label'] or train[0]['label'] != train[5]['label']  # classes are mixed on disk
+  batch = next(pipeline.train_batches(train, [transforms.RandomResizedCrop(32)], seed=0, batch=4, workers=-1))
+  assert batch['image'].shape == (4, 32, 32, 3) and batch['image'].dtype == np.uint8
+  # A stop in the middle: metadata and a shard are not there yet. The other shards are kept as they are.
+  (folder / 'dataset_info.json').unlink()
+  before = {s: s.stat().st_mtime_ns for s in shards[1:]}
+  shards[0].unlink()
+  with pytest.raises(UserError, match='nothing is prepared there. Prepare it'):
+    sources.make('tfds:imagenet2012', 'train', data_dir=str(tmp_path))
+  assert run(tars, tmp_path, '--partial') == 0
+  assert {s: s.stat().st_mtime_ns for s in shards[1:]} == before and shards[0].exists()
+  again = sources.make('tfds:imagenet2012', 'train', data_dir=str(tmp_path))
+  assert [again[i]['image'] for i in range(12)] == [train[i]['image'] for i in range(12)]
+
+
+def test_the_standard_builder_reads_it(tars, tmp_path):
+  import tensorflow_datasets as tfds
+
+  assert run(tars, tmp_path, '--partial') == 0
+  builder = tfds.builder('imagenet2012', data_dir=str(tmp_path), file_format='array_record')
+  assert builder.info.splits['train'].num_examples == 12
+  record = builder.as_data_source(split='validation')[0]
+  assert record['image'].shape == (300, 400, 3) and record['file_name'].startswith(b'ILSVRC2012_val_')
+
+
+def test_smaller_images(tars, tmp_path):
+  assert run(tars, tmp_path, '--partial', '--short-side', '128') == 0
+  source = sources.make('tfds:imagenet2012_128', 'train', data_dir=str(tmp_path))
+  assert {transforms.decode(source[i]['image']).shape for i in range(len(source))} == {(128, 170, 3)}
+
+
+def test_bad_tars(tars, tmp_path, capsys):
+  def error(folder, *extra):
+    assert run(folder, tmp_path / 'out', *extra) == 2
+    return capsys.readouterr().err
+
+  assert 'holds 12 images; ImageNet-1k has 1,281,167 there. --partial' in error(tars)
+  assert 'no ILSVRC2012_img_train.tar and no ILSVRC2012_img_val.tar in' in error(tmp_path)
+  for name in ('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'):
+    (tmp_path / name).write_bytes((tars / name).read_bytes())
+  whole = (tars / 'ILSVRC2012_img_train.tar').read_bytes()
+  (tmp_path / 'ILSVRC2012_img_train.tar').write_bytes(whole[: len(whole) // 2])
+  assert 'cut off' in error(tmp_path, '--partial')
+  (tmp_path / 'ILSVRC2012_img_train.tar').write_bytes((tars / 'ILSVRC2012_img_val.tar').read_bytes())
+  assert 'expected one tar a class, such as n01440764.tar' in error(tmp_path, '--partial')
+  assert not list((tmp_path / 'out').rglob('dataset_info.json'))
