@@ -17,13 +17,13 @@ from beitv2_jax.tasks import pretrain, tokenizer
 
 
 def build_classifier(c: Any) -> Classifier:
-  return Classifier(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict())
+  return Classifier(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), **config_lib.layers(c))
 
 
 def build_segmenter(c: Any) -> Segmenter:
   m = c.model.to_dict()
   m |= {k: tuple(m[k]) for k in ('out_indices', 'pool_scales')}  # JSON made them lists
-  return Segmenter(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **m)
+  return Segmenter(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **m, **config_lib.layers(c))
 
 
 def build(c: Any) -> Any:

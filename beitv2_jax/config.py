@@ -65,6 +65,13 @@ def base(task: str) -> ConfigDict:
       rules=(('heads', 'model'), ('mlp', 'model'), ('vocab', 'model'), ('embed', None)),
     )
   )
+  c.accumulate = 1  # parts that a batch is cut into, one after the other; the gradients are averaged
+  c.layers = ConfigDict(
+    dict(
+      scan=False,  # compile one block and loop over it: compiles faster, may run slower
+      remat='none',  # what the backward pass computes again to save memory: 'none', 'dots' (attention, GELU), 'full'
+    )
+  )
   c.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
   c.log_every = 50
   c.eval_every = 0  # steps; 0: only at the end
@@ -128,6 +135,11 @@ def patch_grid(c: Any) -> tuple[int, int]:
   return h // c.model.patch_size, w // c.model.patch_size
 
 
+def layers(c: Any) -> dict[str, Any]:
+  """How the blocks are run; not part of what the model is, so a config without it (an imported one) will do."""
+  return c.layers.to_dict() if 'layers' in c else {}
+
+
 def check(c: ConfigDict) -> None:
   """Errors that can be seen before data is read or a model is made. Raises UserError."""
   devices, model = jax.device_count(), c.mesh.model
@@ -143,6 +155,10 @@ def check(c: ConfigDict) -> None:
   patch = c.model.get('patch_size') if 'model' in c else None
   if patch and any(side % patch for side in np.atleast_1d(c.data.image_size)):
     raise UserError(f'data.image_size={c.data.image_size} is not a multiple of model.patch_size={patch}.')
+  if c.accumulate < 1 or c.batch_size % (data * c.accumulate):
+    raise UserError(f'batch_size={c.batch_size} does not divide into accumulate={c.accumulate} parts on {data} data devices.')
+  if c.layers.remat not in ('none', 'dots', 'full'):
+    raise UserError(f"layers.remat={c.layers.remat!r}; use 'none', 'dots' or 'full'.")
   if c.data.resize not in ('fast', 'pillow'):
     raise UserError(f"data.resize={c.data.resize!r}; use 'fast' or 'pillow'.")
   if c.dtype not in ('bfloat16', 'float32'):

@@ -39,18 +39,34 @@ class Interrupted(SystemExit):
   """A signal asked the run to stop; its state is saved."""
 
 
-def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, schedule: Callable) -> Callable:
-  """Pure (state, frozen, batch, key) → (state, metrics)."""
+def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, schedule: Callable, parts: int = 1) -> Callable:
+  """Pure (state, frozen, batch, key) → (state, metrics). The batch is worked through in `parts`, whose gradients are averaged."""
 
   def step(state: TrainState, frozen, batch, key):
-    key = jax.random.fold_in(key, state.step)
+    key, update_key = jax.random.split(jax.random.fold_in(key, state.step))
 
-    def loss_fn(params):
-      return task.loss(params, state.model_state, frozen, batch, key)
+    def gradient(batch, key):
+      loss_fn = lambda params: task.loss(params, state.model_state, frozen, batch, key)
+      (loss, (stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+      return grads, metrics | dict(loss=loss), stats
 
-    (loss, (model_state, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    def add(total, part):
+      grads, metrics, stats = gradient(*part)
+      return jax.tree.map(jnp.add, total, (grads, metrics)), stats
+
+    if parts == 1:
+      grads, metrics, stats = gradient(batch, key)
+      stats = jax.tree.map(lambda x: x[None], stats)
+    else:
+      # Part i takes rows i, i + parts, ...: every device cuts up its own rows, and none moves.
+      cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+      each = (cut, jax.random.split(key, parts))
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], each))[:2])
+      (grads, metrics), stats = jax.lax.scan(add, zeros, each)
+      grads, metrics = jax.tree.map(lambda x: x / parts, (grads, metrics))
+    model_state, more = task.update(state.model_state, stats, update_key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    metrics = metrics | dict(loss=loss, grad_norm=optax.global_norm(grads), lr=schedule(state.step))
+    metrics = metrics | more | dict(grad_norm=optax.global_norm(grads), lr=schedule(state.step))
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), model_state, opt_state), metrics
 
   return step
@@ -169,7 +185,9 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
         warned.append(step)
         metrics.say(f'warning at step {step}: {warning}')
 
-  train_step = jax.jit(make_train_step(task, tx, schedule), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+  train_step = jax.jit(
+    make_train_step(task, tx, schedule, c.accumulate), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
+  )
   signals = _Signals()
   step, pending, results, warned = start, None, {}, []
   try:

@@ -110,7 +110,7 @@ def test_mask_token_hides_the_patch():
 
 def test_drop_path_keeps_the_mean_and_drops_whole_samples():
   x = jnp.ones((4000, 2, 3))
-  y = layers.DropPath(0.25).apply({}, x, True, rngs={'drop_path': jax.random.key(0)})
+  y = layers.drop_path(x, 0.25, jax.random.key(0))
   assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
   assert (y == y[:, :1, :1]).all() and abs(float(y.mean()) - 1) < 0.05
   assert vit.drop_path_rates(0.1, 12)[1] == pytest.approx(0.1 / 11)
@@ -123,3 +123,17 @@ def test_position_embedding_resize_is_bicubic():
   out = vit.resize_pos_embed(table, (4, 4), (6, 5))
   assert out.shape == (1, 31, 1) and out[0, 0, 0] == 0
   assert vit.resize_pos_embed(table, (4, 4), (4, 4)) is table
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+def test_scanned_layers_drop_the_same_paths(remat):
+  images, mask = jax.random.normal(jax.random.key(0), (4, 32, 32, 3)), jnp.zeros((4, 16), bool)
+  outs = []
+  for options in (dict(), dict(scan=True, remat=remat)):
+    module = MIM(16, 4, 2, 8, (4, 4), 24, early_layer=3, drop_path=0.5, **options)
+    variables = module.init(jax.random.key(1), images)
+    apply = jax.jit(lambda v, m=module: m.apply(v, images, mask, train=True, rngs={'drop_path': jax.random.key(2)}))
+    outs.append(apply(nn.unbox(variables)))
+  for a, b in zip(*outs):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  assert not np.allclose(outs[0][0], module.apply(nn.unbox(variables), images, mask)[0], atol=1e-3)

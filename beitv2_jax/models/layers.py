@@ -167,17 +167,12 @@ class Attention(nn.Module):
     return jnp.einsum('bqhe,hed->bqd', y, proj) + self.param('proj_bias', self.init.bias(width), (width,)).astype(self.dtype)
 
 
-class DropPath(nn.Module):
+def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
   """Stochastic depth: a whole residual branch is dropped per sample and the kept ones divided by 1 - rate."""
-
-  rate: float
-
-  @nn.compact
-  def __call__(self, x, train: bool):
-    if not train or self.rate == 0.0:
-      return x
-    keep = jax.random.bernoulli(self.make_rng('drop_path'), 1 - self.rate, (x.shape[0], 1, 1))
-    return jnp.where(keep, x / (1 - self.rate), 0)
+  if key is None:
+    return x
+  keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+  return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
 class Block(nn.Module):
@@ -191,27 +186,59 @@ class Block(nn.Module):
   mlp_ratio: float = 4.0
   init: Init = Init()
   layer_scale: float = 0.0
-  drop_path: float = 0.0
   grid: tuple[int, int] | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, bias=None, train: bool = False):
+  def __call__(self, x, bias=None, rate: float | jax.Array = 0.0, key: jax.Array | None = None):
+    """`rate` of drop path is used when a `key` is given."""
     width = x.shape[-1]
     out_scale = 1 / math.sqrt(2 * (self.index + 1))
+    keys = (None, None) if key is None else jax.random.split(key)
 
-    def residual(x, branch, name):
+    def residual(x, branch, name, key):
       if self.layer_scale:
         gamma = self.param(name, nn.initializers.constant(self.layer_scale), (width,))
         branch = branch * gamma.astype(self.dtype)
-      return x + DropPath(self.drop_path)(branch, train)
+      return x + drop_path(branch, rate, key)
 
     y = layer_norm('norm1', self.dtype)(x)
     y = Attention(self.heads, self.init, out_scale, self.grid, self.dtype, name='attn')(y, bias)
-    x = residual(x, y, 'gamma1')
+    x = residual(x, y, 'gamma1', keys[0])
     y = layer_norm('norm2', self.dtype)(x)
     hidden = int(width * self.mlp_ratio)
     y = Linear(hidden, self.init, ('embed', 'mlp'), dtype=self.dtype, name='fc1')(y)
     y = nn.gelu(y, approximate=False)
     y = Linear(width, self.init, ('mlp', 'embed'), out_scale, self.dtype, name='fc2')(y)
-    return residual(x, y, 'gamma2')
+    return residual(x, y, 'gamma2', keys[1])
+
+
+# What the backward pass recomputes instead of keeping: nothing; all but the blocks' inputs; all but the results of their
+# weight matrices (so attention and GELU are computed twice, the large products once).
+REMAT = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def apply_blocks(
+  block: Block, params: list[dict], x: jax.Array, bias: Any, rates: list[float], key: jax.Array | None, scan: bool, remat: str
+) -> jax.Array:
+  """`block` with each of `params` in turn, block i with drop path rate `rates[i]` and a key of its own.
+
+  `scan` compiles one block instead of all, at the price of stacking the parameters in every step; the result is the same.
+  """
+
+  def one(x, params, rate, key):
+    return block.apply({'params': params}, x, bias, rate, key)
+
+  if REMAT[remat]:
+    one = jax.checkpoint(one, policy=REMAT[remat])
+  keys = None if key is None else jax.random.split(key, len(params))
+  if scan and len(params) > 1:
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    return jax.lax.scan(lambda x, each: (one(x, *each), None), x, (stacked, jnp.asarray(rates), keys))[0]
+  for i, p in enumerate(params):
+    x = one(x, p, rates[i], keys[i] if key is not None and rates[i] else None)
+  return x

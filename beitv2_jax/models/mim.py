@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from beitv2_jax.models.layers import Block, Init, Linear, layer_norm
+from beitv2_jax.models.layers import Block, Init, Linear, apply_blocks, layer_norm
 from beitv2_jax.models.vit import ViT, drop_path_rates
 
 
@@ -38,28 +38,28 @@ class MIM(nn.Module):
   init_scheme: str = 'truncated'
   # The official code builds the aggregation blocks after its init pass, so they keep torch's default.
   aggregation_init: str = 'torch'
+  scan: bool = False
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   def setup(self):
     init = Init(self.init_scheme)
     self.backbone = ViT(
         self.width, self.depth, self.heads, self.patch_size, self.grid, self.mlp_ratio, self.abs_pos,
-        self.rel_pos, self.layer_scale, self.drop_path, mask_token=True, init=init, dtype=self.dtype,
+        self.rel_pos, self.layer_scale, self.drop_path, True, init, self.scan, self.remat, self.dtype,
     )  # fmt: skip
-    rates = drop_path_rates(self.drop_path, max(self.depth, self.early_layer + self.head_layers))
     # The rescale of the output matrices follows the block's place, and is applied whatever the init was.
-    self.aggregation = [
-        Block(
-            self.heads, self.early_layer + k, self.mlp_ratio, Init(self.aggregation_init), self.layer_scale,
-            rates[self.early_layer + k], dtype=self.dtype,
-        )
-        for k in range(self.head_layers)
-    ]  # fmt: skip
+    self.aggregation = [self._block(k) for k in range(self.head_layers)]
     self.norm = layer_norm(None, self.dtype)
     self.lm_head = Linear(self.vocab, init, ('embed', 'vocab'), dtype=self.dtype)
     if self.head_layers and not self.shared_head:
       self.aggregation_norm = layer_norm(None, self.dtype)
       self.aggregation_lm_head = Linear(self.vocab, init, ('embed', 'vocab'), dtype=self.dtype)
+
+  def _block(self, k, **kwargs):
+    return Block(
+      self.heads, self.early_layer + k, self.mlp_ratio, Init(self.aggregation_init), self.layer_scale, dtype=self.dtype, **kwargs
+    )
 
   def tokens(self, images, mask=None, taps=(), train: bool = False):
     """Raw block outputs: (last [B, T, D], {block: [B, T, D]}, [last, aggregated] branch outputs)."""
@@ -67,12 +67,17 @@ class MIM(nn.Module):
     early = (self.early_layer,) if self.head_layers else ()
     x, states, bias = self.backbone(images, mask, taps + early, train)
     branches = [x]
-    if self.head_layers:
-      y = jnp.concatenate([x[:, :1], states[self.early_layer][:, 1:]], 1)
+    if self.head_layers and self.is_initializing():
       for block in self.aggregation:
-        y = block(y, bias, train)
-      branches.append(y)
-    return x, {k: states[k] for k in taps}, branches
+        x = block(x, bias)
+      branches.append(x)
+    elif self.head_layers:
+      y = jnp.concatenate([x[:, :1], states[self.early_layer][:, 1:]], 1)
+      rates = drop_path_rates(self.drop_path, max(self.depth, self.early_layer + self.head_layers))[self.early_layer :]
+      key = self.make_rng('drop_path') if train and any(rates) else None
+      params = [self.variables['params'][f'aggregation_{k}'] for k in range(self.head_layers)]
+      branches.append(apply_blocks(self._block(0, parent=None), params, y, bias, rates, key, self.scan, self.remat))
+    return branches[0], {k: states[k] for k in taps if k in states}, branches
 
   def __call__(self, images, mask=None, index=None, train: bool = False):
     """Normalised images [B, h, w, 3] → one array of logits a branch.

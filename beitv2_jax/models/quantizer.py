@@ -72,17 +72,21 @@ def revive(key: jax.Array, embedding: jax.Array, usage: jax.Array, z: jax.Array,
   return jnp.where(chosen[:, None], fresh, embedding), jnp.where(chosen, usage.mean(), usage)
 
 
+def update(book: dict[str, jax.Array], counts: jax.Array, sums: jax.Array, decay: float) -> dict[str, jax.Array]:
+  """The codebook after a training step that assigned `counts` [K] tokens of sum `sums` [K, C] (to the codebook before it)."""
+  usage = decay * book['usage'] + (1 - decay) * counts
+  return book | dict(usage=usage, embedding=ema_update(book['embedding'], counts, sums, decay))
+
+
 class Quantizer(nn.Module):
-  """z [B, N, C] unit vectors → (straight-through codes [B, N, C], indices [B, N], commitment loss, counts [K]).
+  """z [B, N, C] unit vectors → (straight-through codes [B, N, C], indices [B, N], commitment loss, counts [K], sums [K, C]).
 
   The `codebook` collection holds `embedding` [K, C] (unit rows), `usage` [K] (EMA of tokens per code, as in the official
-  checkpoints) and `cluster_size` [K] (k-means counts). It is updated only when the collection is mutable, with the
-  assignments of this call, after they were used.
+  checkpoints) and `cluster_size` [K] (k-means counts). A call only reads it; `update` moves it, by what the call returned.
   """
 
   size: int
   dim: int
-  decay: float = 0.99
 
   @nn.compact
   def __call__(self, z):
@@ -90,13 +94,10 @@ class Quantizer(nn.Module):
       return l2norm(jax.random.normal(self.make_rng('params'), (self.size, self.dim)))
 
     embedding = self.variable('codebook', 'embedding', start)
-    usage = self.variable('codebook', 'usage', jnp.zeros, (self.size,))
+    self.variable('codebook', 'usage', jnp.zeros, (self.size,))
     self.variable('codebook', 'cluster_size', jnp.zeros, (self.size,))
     codes = nearest(z, embedding.value)
     quantized = embedding.value[codes]
     commitment = jnp.mean((jax.lax.stop_gradient(quantized) - z) ** 2)
     counts, sums = cluster_sums(jax.lax.stop_gradient(z), codes, self.size)
-    if self.is_mutable_collection('codebook') and not self.is_initializing():
-      usage.value = self.decay * usage.value + (1 - self.decay) * counts
-      embedding.value = ema_update(embedding.value, counts, sums, self.decay)
-    return z + jax.lax.stop_gradient(quantized - z), codes, commitment, counts
+    return z + jax.lax.stop_gradient(quantized - z), codes, commitment, counts, sums

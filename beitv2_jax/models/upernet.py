@@ -118,12 +118,14 @@ class Segmenter(nn.Module):
   dropout: float = 0.1
   abs_pos: bool = False
   rel_pos: str = 'per_block'
+  scan: bool = False
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   def setup(self):
     self.backbone = ViT(
       self.width, self.depth, self.heads, self.patch_size, self.grid, self.mlp_ratio, self.abs_pos, self.rel_pos,
-      self.layer_scale, self.drop_path, dtype=self.dtype,
+      self.layer_scale, self.drop_path, scan=self.scan, remat=self.remat, dtype=self.dtype,
     )  # fmt: skip
     conv = lambda features, size: ConvModule(features, size, self.dtype)
     last = lambda: nn.Conv(self.classes, (1, 1), dtype=self.dtype, kernel_init=nn.initializers.normal(0.01))
@@ -146,7 +148,8 @@ class Segmenter(nn.Module):
   def pyramid(self, images, train: bool = False):
     """The four feature maps, of strides 4, 8, 16 and 32."""
     taps = tuple(i + 1 for i in self.out_indices)
-    _, states, _ = self.tokens(images, taps, train)
+    last, states, _ = self.tokens(images, taps, train)
+    states = states or dict.fromkeys(taps, last)  # while initializing
     one, two, three, four = (states[t][:, 1:].reshape(len(images), *self.grid, self.width) for t in taps)
     one = self.fpn1_up2(nn.gelu(self.fpn1_norm(self.fpn1_up1(one), train), approximate=False))
     return one, self.fpn2_up(two), three, nn.max_pool(four, (2, 2), (2, 2))

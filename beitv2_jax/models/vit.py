@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.models.layers import Block, Init, PatchEmbed, RelPosBias
+from beitv2_jax.models.layers import Block, Init, PatchEmbed, RelPosBias, apply_blocks
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
@@ -69,6 +69,8 @@ class ViT(nn.Module):
   drop_path: tuple[float, ...] | float = 0.0
   mask_token: bool = False
   init: Init = Init()
+  scan: bool = False  # one compiled block for all, see layers.apply_blocks
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -90,11 +92,21 @@ class ViT(nn.Module):
     bias = RelPosBias(self.grid, self.heads, name='rel_pos_bias')() if self.rel_pos == 'shared' else None
     rates = self.drop_path if isinstance(self.drop_path, tuple) else drop_path_rates(self.drop_path, self.depth)
     own_table = self.grid if self.rel_pos == 'per_block' else None
-    states = {}
-    for i in range(self.depth):
-      x = Block(self.heads, i, self.mlp_ratio, self.init, self.layer_scale, rates[i], own_table, self.dtype, name=f'block_{i}')(
-        x, bias, train
+
+    def block(i, **kwargs):
+      return Block(self.heads, i, self.mlp_ratio, self.init, self.layer_scale, own_table, self.dtype, **kwargs)
+
+    if self.is_initializing():
+      for i in range(self.depth):
+        x = block(i, name=f'block_{i}')(x, bias)
+      return x, {}, bias
+    key = self.make_rng('drop_path') if train and any(rates) else None
+    params, states, done = self.variables['params'], {}, 0
+    for stop in sorted({*taps, self.depth}):
+      here = range(done, stop)
+      part_key = key if key is None else jax.random.fold_in(key, done)
+      x = apply_blocks(
+        block(0, parent=None), [params[f'block_{i}'] for i in here], x, bias, [rates[i] for i in here], part_key, self.scan, self.remat
       )
-      if i + 1 in taps:
-        states[i + 1] = x
-    return x, states, bias
+      states, done = states | {stop: x}, stop
+    return x, {t: states[t] for t in taps}, bias

@@ -52,8 +52,9 @@ class VQKD(nn.Module):
   decoder_depth: int = 3
   decoder_heads: int = 12
   mlp_ratio: float = 4.0
-  decay: float = 0.99
   init_scheme: str = 'normal'
+  scan: bool = False
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -61,11 +62,21 @@ class VQKD(nn.Module):
 
     def vit(side, patch_size):
       size = {k: getattr(self, f'{side}_{k}') for k in ('width', 'depth', 'heads')}
-      return ViT(**size, patch_size=patch_size, grid=self.grid, mlp_ratio=self.mlp_ratio, init=init, dtype=self.dtype, parent=None)
+      return ViT(
+        **size,
+        patch_size=patch_size,
+        grid=self.grid,
+        mlp_ratio=self.mlp_ratio,
+        init=init,
+        scan=self.scan,
+        remat=self.remat,
+        dtype=self.dtype,
+        parent=None,
+      )
 
     self.encoder = PatchEncoder(vit('encoder', self.patch_size))
     self.encode_head = TaskHead(self.encoder_width, self.code_dim, init)
-    self.quantizer = Quantizer(self.codes, self.code_dim, self.decay)
+    self.quantizer = Quantizer(self.codes, self.code_dim)
     self.decoder = PatchEncoder(vit('decoder', 1))
     self.decode_head = TaskHead(self.decoder_width, self.teacher_width, init)
 
@@ -88,8 +99,8 @@ class VQKD(nn.Module):
     return self.quantizer(self.encode(images))[1]
 
   def __call__(self, images):
-    """→ dict of `features` [B, N, V], `codes` [B, N], `commitment` (scalar), `counts` [K], `z` [B, N, C]."""
+    """→ dict of `features` [B, N, V], `codes` [B, N], `commitment` (scalar), `counts` [K], `sums` [K, C], `z` [B, N, C]."""
     z = self.encode(images)
-    quantized, codes, commitment, counts = self.quantizer(z)
+    quantized, codes, commitment, counts, sums = self.quantizer(z)
     grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
-    return dict(features=self.decode(quantized, grid), codes=codes, commitment=commitment, counts=counts, z=z)
+    return dict(features=self.decode(quantized, grid), codes=codes, commitment=commitment, counts=counts, sums=sums, z=z)

@@ -40,8 +40,12 @@ class Task:
     return model_state
 
   def loss(self, params: Any, model_state: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, tuple[Any, dict]]:
-    """(scalar, (new model_state, scalar metrics)) of a training batch."""
+    """(scalar, (statistics for `update`, scalar metrics)) of a training batch, or of a part of one."""
     raise NotImplementedError
+
+  def update(self, model_state: Any, stats: Any, key: jax.Array) -> tuple[Any, dict]:
+    """(new model_state, scalar metrics) from the statistics of a step's parts, stacked along a new first axis."""
+    return model_state, {}
 
   def warning(self, step: int, values: dict[str, float]) -> str | None:
     """What is wrong with these training metrics and what to do, if anything is. Said once a run."""

@@ -83,7 +83,7 @@ class ClipTask(Task):
     same = (batch['text'][:, None] == batch['text']).all(-1)
     target = same / same.sum(-1, keepdims=True)
     loss = sum(optax.softmax_cross_entropy(x, target).mean() for x in (logits, logits.T)) / 2
-    return loss, (model_state, {})
+    return loss, ({}, {})
 
   def evaluate(self, params, model_state, frozen, batch):
     """Does the best caption in the batch say the right class? (Zero-shot accuracy once a batch has all classes.)"""

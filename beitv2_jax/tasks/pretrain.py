@@ -20,7 +20,7 @@ from beitv2_jax.tasks import Task, tokenizer
 
 def build(c: Any) -> MIM:
   """The module of a pretraining config; `model.vocab` is the tokenizer's number of codes."""
-  return MIM(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict())
+  return MIM(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), **config_lib.layers(c))
 
 
 def make(c: Any) -> tuple[Task, Any]:
@@ -71,7 +71,7 @@ class PretrainTask(Task):
   def loss(self, params, model_state, frozen, batch, key):
     losses, hits = self._forward(params, frozen, batch, train=True, rngs={'drop_path': key})
     losses, hits = jax.tree.map(jnp.mean, (losses, hits))
-    return sum(losses.values()), (model_state, losses | hits)
+    return sum(losses.values()), ({}, losses | hits)
 
   def evaluate(self, params, model_state, frozen, batch):
     losses, hits = self._forward(params, frozen, batch)

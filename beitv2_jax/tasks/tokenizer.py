@@ -39,8 +39,8 @@ def build(c: Any) -> VQKD:
     m.teacher_width,
     **sizes,
     mlp_ratio=m.mlp_ratio,
-    decay=m.decay,
     init_scheme=m.init_scheme,
+    **config_lib.layers(c),
     dtype=jnp.dtype(c.dtype),
   )
 
@@ -96,24 +96,26 @@ class TokenizerTask(Task):
     book = model_state['codebook']['quantizer']
     return {'codebook': {'quantizer': book | dict(embedding=means, cluster_size=counts)}}
 
-  def _forward(self, variables, frozen, images, **kwargs):
+  def _forward(self, variables, frozen, images):
     target = self.teacher.apply(frozen, unit_images(images)).astype(jnp.float32)
-    out = self.model.apply(variables, vqkd_images(images), **kwargs)
-    out, mutated = out if kwargs else (out, None)
+    out = self.model.apply(variables, vqkd_images(images))
     cosine = (quantizer.l2norm(out['features']) * quantizer.l2norm(target)).sum(-1)
-    return out, 1 - cosine, mutated
+    return out, 1 - cosine
 
   def loss(self, params, model_state, frozen, batch, key):
-    out, distance, model_state = self._forward({'params': params, **model_state}, frozen, batch['image'], mutable=['codebook'])
+    out, distance = self._forward({'params': params, **model_state}, frozen, batch['image'])
     rec_loss, quant_loss = distance.mean(), self.config.codebook.beta * out['commitment']
-    book = model_state['codebook']['quantizer']
-    metrics = dict(rec_loss=rec_loss, quant_loss=quant_loss, **code_statistics(out['counts']))
-    metrics['dead_codes'] = 100 * quantizer.dead(book['usage']).mean()
-    if self.config.codebook.revive > 0:
-      z = jax.lax.stop_gradient(out['z'])
-      embedding, usage = quantizer.revive(key, book['embedding'], book['usage'], z, self.config.codebook.revive)
-      model_state = {'codebook': {'quantizer': book | dict(embedding=embedding, usage=usage)}}
-    return rec_loss + quant_loss, (model_state, metrics)
+    stats = {k: jax.lax.stop_gradient(out[k]) for k in ('counts', 'sums', 'z')}
+    return rec_loss + quant_loss, (stats, dict(rec_loss=rec_loss, quant_loss=quant_loss))
+
+  def update(self, model_state, stats, key):
+    counts, c = stats['counts'].sum(0), self.config.codebook
+    book = quantizer.update(model_state['codebook']['quantizer'], counts, stats['sums'].sum(0), self.config.model.decay)
+    metrics = code_statistics(counts) | dict(dead_codes=100 * quantizer.dead(book['usage']).mean())
+    if c.revive > 0:
+      embedding, usage = quantizer.revive(key, book['embedding'], book['usage'], stats['z'], c.revive)
+      book = book | dict(embedding=embedding, usage=usage)
+    return {'codebook': {'quantizer': book}}, metrics
 
   def warning(self, step, values):
     if step < 500 or values['dead_codes'] < 30:
@@ -124,7 +126,7 @@ class TokenizerTask(Task):
     )
 
   def evaluate(self, params, model_state, frozen, batch):
-    out, distance, _ = self._forward({'params': params, **model_state}, frozen, batch['image'])
+    out, distance = self._forward({'params': params, **model_state}, frozen, batch['image'])
     histogram = nn.one_hot(out['codes'], self.config.model.codes).sum(1)
     return dict(rec_loss=distance.mean(-1), histogram=histogram)
 
