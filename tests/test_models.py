@@ -130,10 +130,10 @@ def test_scanned_layers_drop_the_same_paths(remat):
   images, mask = jax.random.normal(jax.random.key(0), (4, 32, 32, 3)), jnp.zeros((4, 16), bool)
   outs = []
   for options in (dict(), dict(scan=True, remat=remat)):
-    module = MIM(16, 4, 2, 8, (4, 4), 24, early_layer=3, drop_path=0.5, **options)
+    module = MIM(16, 4, 2, 8, (4, 4), 24, early_layer=3, layer_scale=1.0, drop_path=0.5, **options)
     variables = module.init(jax.random.key(1), images)
     apply = jax.jit(lambda v, m=module: m.apply(v, images, mask, train=True, rngs={'drop_path': jax.random.key(2)}))
     outs.append(apply(nn.unbox(variables)))
   for a, b in zip(*outs):
     np.testing.assert_allclose(a, b, atol=1e-5)
-  assert not np.allclose(outs[0][0], module.apply(nn.unbox(variables), images, mask)[0], atol=1e-3)
+  assert np.abs(outs[0][0] - module.apply(nn.unbox(variables), images, mask)[0]).max() > 1e-6  # something was dropped
