@@ -17,10 +17,11 @@ from jax.sharding import PartitionSpec as P
 from beitv2_jax.errors import UserError
 
 
-def make_mesh(data: int = -1, model: int = 1) -> Mesh:
-  data = jax.device_count() // model if data < 0 else data
+def make_mesh(data: int = -1, model: int = 1, devices: Any = None) -> Mesh:
+  devices = jax.devices() if devices is None else devices
+  data = len(devices) // model if data < 0 else data
   # Auto axes: transformers' Flax models don't run under the newer Explicit ones.
-  devices = jax.devices()[: data * model]
+  devices = devices[: data * model]
   return jax.make_mesh((data, model), ('data', 'model'), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 

@@ -38,7 +38,9 @@ def teacher():
 
 
 def vqkd():
-  c = vqkd_b16.get_config('small_data').unlock()  # 1,297 images: without revival 81 to 100 % of the codes are used, with it 100 % (seeds 0 to 2)
+  c = vqkd_b16.get_config(
+    'small_data'
+  ).unlock()  # 1,297 images: without revival 81 to 100 % of the codes are used, with it 100 % (seeds 0 to 2)
   c.update(batch_size=64, steps=600)
   # Narrow layers need larger weights than the official 0.02, which is made for width 768.
   c.model.update(patch_size=8, codes=64, code_dim=16, init_scheme='torch')

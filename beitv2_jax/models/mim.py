@@ -73,7 +73,8 @@ class MIM(nn.Module):
       branches.append(x)
     elif self.head_layers:
       y = jnp.concatenate([x[:, :1], states[self.early_layer][:, 1:]], 1)
-      rates = drop_path_rates(self.drop_path, max(self.depth, self.early_layer + self.head_layers))[self.early_layer :]
+      rates = drop_path_rates(self.drop_path, max(self.depth, self.early_layer + self.head_layers))
+      rates = rates[self.early_layer : self.early_layer + self.head_layers]
       key = self.make_rng('drop_path') if train and any(rates) else None
       params = [self.variables['params'][f'aggregation_{k}'] for k in range(self.head_layers)]
       branches.append(apply_blocks(self._block(0, parent=None), params, y, bias, rates, key, self.scan, self.remat))

@@ -55,6 +55,24 @@ def load(kind: str, name: str, grid: tuple[int, int], dtype: Any = jnp.float32) 
   return _dino(model, params, grid, dtype) if kind == 'dino' else _clip(model, params, grid, dtype)
 
 
+def abstract(kind: str, name: str, grid: tuple[int, int], dtype: Any = jnp.float32) -> tuple[Teacher, Any]:
+  """A base-size teacher whose parameters are only shapes, for programs that are compiled without being run."""
+  import transformers
+
+  if kind == 'dino':
+    model = transformers.FlaxViTModel(transformers.ViTConfig(), _do_init=False, add_pooling_layer=False)
+    params = jax.eval_shape(model.module.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))['params']
+    return _dino(model, params, grid, dtype)
+  if kind == 'untrained':
+    model, params = _untrained()
+  else:
+    model = new_clip(width=768, depth=12, heads=12, patch_size=16, image_size=224, projection=512, vocab=8, text_length=4)
+    text = jnp.zeros((1, 4), jnp.int32)
+    init = lambda: model.module.init(jax.random.key(0), text, jnp.zeros((1, 224, 224, 3)), jnp.ones_like(text), text)
+    params = jax.eval_shape(init)['params']
+  return _clip(model, params, grid, dtype)
+
+
 def _open(kind: str, name: str):
   import transformers
 
@@ -171,7 +189,7 @@ def _dino(model, params, grid, dtype):
 
 
 def _numpy(tree):
-  return jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+  return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else np.asarray(x, np.float32), tree)
 
 
 def _untrained():

@@ -63,11 +63,14 @@ class Task:
     """What the stage leaves beside its checkpoint."""
 
 
-def make(config: Any) -> tuple[Task, Any]:
-  """(task, frozen weights as numpy arrays). Reads what earlier stages left; raises UserError when it is not there."""
+def make(config: Any, abstract: bool = False) -> tuple[Task, Any]:
+  """(task, frozen weights as numpy arrays). Reads what earlier stages left; raises UserError when it is not there.
+
+  With `abstract` nothing is read: the frozen weights are shapes, of the released teacher and tokenizer.
+  """
   from beitv2_jax.tasks import clip, pretrain, tokenizer
 
   makers = {'clip': clip.make, 'tokenizer': tokenizer.make, 'pretrain': pretrain.make}
   if config.task not in makers:
     raise UserError(f'no task {config.task!r}; use one of {", ".join(makers)}.')
-  return makers[config.task](config)
+  return makers[config.task](config, abstract)

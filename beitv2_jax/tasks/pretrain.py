@@ -23,8 +23,8 @@ def build(c: Any) -> MIM:
   return MIM(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), **config_lib.layers(c))
 
 
-def make(c: Any) -> tuple[Task, Any]:
-  vqkd, frozen, theirs = tokenizer.load(c.tokenizer_from, c.tokenizer_dtype)
+def make(c: Any, abstract: bool = False) -> tuple[Task, Any]:
+  vqkd, frozen, theirs = tokenizer.released(c.tokenizer_dtype) if abstract else tokenizer.load(c.tokenizer_from, c.tokenizer_dtype)
   ours = config_lib.patch_grid(c)
   if theirs.model.patch_size != c.model.patch_size:
     raise UserError(
@@ -58,7 +58,8 @@ class PretrainTask(Task):
   def _forward(self, params, frozen, batch, **kwargs):
     """Per branch: cross-entropy [B, M] and whether the code was right [B, M]."""
     images = augment.color_jitter(batch['image'], batch['jitter'], batch['jitter_order']) if 'jitter' in batch else batch['image']
-    codes = self.tokenizer.apply(frozen, tokenizer.vqkd_images(images), method='tokens')
+    # Codes may come with the batch, made beforehand or, in aot.py, to look at the student alone.
+    codes = batch['codes'] if 'codes' in batch else self.tokenizer.apply(frozen, tokenizer.vqkd_images(images), method='tokens')
     labels = jnp.take_along_axis(codes, batch['mask_index'], 1)
     images = normalize(tokenizer.unit_images(images), IMAGENET_MEAN, IMAGENET_STD)
     branches = self.model.apply({'params': params}, images, index=batch['mask_index'], **kwargs)

@@ -45,8 +45,17 @@ def build(c: Any) -> VQKD:
   )
 
 
-def make(c: Any) -> tuple[Task, Any]:
-  teacher_model, frozen = teacher.load(c.teacher.kind, c.teacher.name, config_lib.patch_grid(c), jnp.dtype(c.dtype))
+def released(dtype: str) -> tuple[VQKD, Any, Any]:
+  """(module, abstract variables, config) of the released tokenizer's size, for programs that are compiled without being run."""
+  config = config_lib.base('tokenizer').unlock()
+  config.update(model=config_lib.tokenizer_model(teacher_width=512), dtype=dtype)
+  module = build(config)
+  return module, nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *config_lib.image_shape(config))))), config
+
+
+def make(c: Any, abstract: bool = False) -> tuple[Task, Any]:
+  how = teacher.abstract if abstract else teacher.load
+  teacher_model, frozen = how(c.teacher.kind, c.teacher.name, config_lib.patch_grid(c), jnp.dtype(c.dtype))
   c.model.teacher_width = teacher_model.width  # so that config.json describes the whole model
   return TokenizerTask(c, build(c), teacher_model), frozen
 

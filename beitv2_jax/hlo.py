@@ -1,0 +1,115 @@
+"""What a program compiled by XLA for TPUs says about itself: the compiler's cycles for every operation, and its collectives."""
+
+import collections
+import math
+import re
+from typing import Any
+
+_BYTES = {
+  'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8, 'f64': 8,
+  'f8e4m3fn': 1, 'f8e5m2': 1,
+}  # fmt: skip
+_COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+_FREE = {
+  'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id', 'iota', 'while', 'call',
+  'conditional', 'opt-barrier', 'add-dependency',
+}  # fmt: skip
+
+
+def _shape_bytes(text: str) -> int:
+  """Bytes of a result type, an array or a tuple of arrays, without its layout."""
+  return sum(
+    _BYTES[t] * math.prod(int(d) for d in dims.split(',') if d) for t, dims in re.findall(r'(\w+)\[([\d,]*)\]', text) if t in _BYTES
+  )
+
+
+class Program:
+  """The text of a compiled module, read once.
+
+  A loop counts as often as it turns. Inside a fusion nothing counts: the fusion itself carries the estimate.
+  """
+
+  def __init__(self, text: str):
+    self.computations: dict[str, list[dict]] = {}
+    self.entry, current = '', None
+    for line in text.splitlines():
+      head = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$', line)
+      if head:
+        current = self.computations.setdefault(head[2], [])
+        self.entry = head[2] if head[1] else self.entry
+      elif current is not None and (found := re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$', line)):
+        current.append(self._instruction(*found.groups()))
+    self.times: collections.Counter = collections.Counter()
+    self.unknown_loops = 0  # counted as one turn
+    if self.entry:
+      self._visit(self.entry, 1)
+
+  @staticmethod
+  def _instruction(name: str, shape: str, opcode: str, rest: str) -> dict[str, Any]:
+    cycles = re.search(r'"estimated_cycles":"?(\d+)', rest)
+    constant = re.match(r'(\d+)\)', rest) if opcode == 'constant' else None
+    source = re.search(r'op_name="([^"]*)"', rest)
+    called = dict(re.findall(r'(body|condition|to_apply|calls)=%?([\w.\-]+)', rest))
+    branches = re.search(r'branch_computations=\{([^}]*)\}', rest)
+    return dict(
+      name=name, opcode=opcode, bytes=_shape_bytes(shape), cycles=int(cycles[1]) if cycles else None, constant=int(constant[1]) if constant else None,
+      source=source[1] if source else '', called=called,
+      branches=[b.strip().lstrip('%') for b in branches[1].split(',')] if branches else [],
+    )  # fmt: skip
+
+  def _turns(self, condition: str) -> int | None:
+    """How often a loop turns: jax's scans count from 0 to a constant in their condition."""
+    return max((i['constant'] for i in self.computations.get(condition, ()) if i['constant'] is not None), default=None)
+
+  def _visit(self, name: str, times: int) -> None:
+    """Notes how often every computation runs."""
+    self.times[name] += times
+    for i in self.computations.get(name, ()):
+      if i['opcode'] == 'while':
+        turns = self._turns(i['called']['condition'])
+        self.unknown_loops += turns is None
+        self._visit(i['called']['body'], times * (turns or 1))
+        self._visit(i['called']['condition'], times * (turns or 1))
+      elif i['opcode'] == 'call':
+        self._visit(i['called']['to_apply'], times)
+      elif i['opcode'] == 'conditional':
+        for branch in i['branches']:
+          self._visit(branch, times)
+      elif i['opcode'] == 'async-start' and 'calls' in i['called']:
+        self._visit(i['called']['calls'], times)
+
+  def _all(self):
+    for name, times in self.times.items():
+      for i in self.computations.get(name, ()):
+        yield i, times
+
+  def cycles(self) -> int:
+    return sum(i['cycles'] * times for i, times in self._all() if i['cycles'])
+
+  def dearest(self) -> list[dict[str, Any]]:
+    """Operations by what they come from in the model, block numbers left out, the most expensive first."""
+    cycles, counts = collections.Counter(), collections.Counter()
+    for i, times in self._all():
+      if i['cycles']:
+        name = re.sub(r'jit\(\w+\)/|jvp\(\)/|_\d+(?=/|\)|$)', '', i['source']) or i['opcode']
+        cycles[name] += i['cycles'] * times
+        counts[name] += times
+    return [dict(name=n, cycles=c, count=counts[n]) for n, c in cycles.most_common(60)]
+
+  def collectives(self) -> list[dict[str, Any]]:
+    """Per kind: how often a step, and the bytes a chip sends (ring algorithms: twice the result for an all-reduce)."""
+    counts, moved = collections.Counter(), collections.Counter()
+    for i, times in self._all():
+      kind = i['opcode'].removesuffix('-start')
+      if kind in _COLLECTIVES:
+        counts[kind] += times
+        moved[kind] += times * i['bytes'] * (2 if kind == 'all-reduce' else 1)
+    return [dict(kind=k, count=counts[k], bytes=moved[k]) for k in sorted(counts, key=moved.get, reverse=True)]
+
+  def without_estimate(self) -> dict[str, int]:
+    """Kinds of operations that take time but carry none: custom calls, collectives, copies between memories."""
+    kinds = collections.Counter()
+    for i, times in self._all():
+      if i['cycles'] is None and i['opcode'] not in _FREE and not i['opcode'].endswith(('-done', '-update')):
+        kinds[i['opcode']] += times
+    return dict(kinds.most_common())
