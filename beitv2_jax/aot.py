@@ -112,8 +112,8 @@ def bytes_per_chip(tree: Any) -> int:
 
 def report(c: Any, topology: str, part: str = 'step', keep_hlo: str | None = None) -> dict[str, Any]:
   """Compiles and reads the program. Times are compiler estimates."""
-  chip = CHIPS[topology.partition(':')[0]]
   devices = topology_devices(topology)
+  chip = CHIPS[topology.partition(':')[0]]
   per_chip = len({tuple(d.coords) for d in devices})
   start = time.monotonic()
   lowered, mesh, state = lower(c, devices, part)

@@ -1,0 +1,80 @@
+"""What aot.py reads out of a compiled program, on a hand-made one; the compiler itself is in the extra [aot]."""
+
+import jax
+import pytest
+
+from beitv2_jax import aot, hlo, sharding
+from beitv2_jax.errors import UserError
+from configs import beitv2_b16, vqkd_b16
+
+PROGRAM = """HloModule jit_step
+
+%cond (p: (s32[], f32[4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(9)
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%inner (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  ROOT %x = f32[4]{0} add(%a, %a), backend_config={"estimated_cycles":"1000000"}
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %f = bf16[8,128]{1,0} fusion(%p), kind=kLoop, calls=%inner, metadata={op_name="jit(step)/jvp(M)/block_3/fc1"}, backend_config={"estimated_cycles":"10"}
+  ROOT %t = (s32[], f32[4]{0}) tuple(%p, %f)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %w = (s32[], f32[4]{0}) while(%a), condition=%cond, body=%body
+  %g = bf16[8,128]{1,0} fusion(%a), kind=kLoop, calls=%inner, metadata={op_name="jit(step)/jvp(M)/block_12/fc1"}, backend_config={"estimated_cycles":"7"}
+  %r = (f32[64,2]{1,0}, bf16[4]{0}) all-reduce(%g), to_apply=%inner
+  %s = f32[16]{0} all-gather-start(%g), dimensions={0}
+  %d = f32[16]{0} all-gather-done(%s)
+  ROOT %c = f32[4]{0} custom-call(%a), custom_call_target="mystery"
+}
+"""
+
+
+def test_loops_count_their_turns_and_fusions_once():
+  program = hlo.Program(PROGRAM)
+  assert program.cycles() == 9 * 10 + 7 and program.unknown_loops == 0
+  assert program.dearest() == [dict(name='jvp(M)/block/fc1', cycles=97, count=10)]
+  moved = {m['kind']: (m['count'], m['bytes']) for m in program.collectives()}
+  assert moved == {'all-reduce': (1, 2 * (64 * 2 * 4 + 4 * 2)), 'all-gather': (1, 64)}
+  missing = program.without_estimate()
+  assert missing['custom-call'] == 1 and missing['all-reduce'] == 1 and 'while' not in missing and 'all-gather-done' not in missing
+  assert hlo.Program(PROGRAM.replace('constant(9)', 'parameter(1)')).unknown_loops == 1
+
+
+@pytest.mark.parametrize('part', ['step', 'student', 'frozen'])
+def test_the_real_step_lowers_without_weights(part):
+  """The shipped recipe on eight devices, tracing only: nothing is downloaded, allocated or compiled."""
+  c = beitv2_b16.get_config().unlock()
+  c.batch_size, c.model.depth, c.model.early_layer = 64, 3, 2
+  lowered, mesh, state = aot.lower(c, jax.devices(), part)
+  assert mesh.size == 8 and 'stablehlo' in lowered.as_text()[:20_000]
+  assert aot.bytes_per_chip(state.params) == 4 * sum(x.size for x in jax.tree.leaves(state.params))
+
+
+def test_the_tokenizer_step_lowers_too_and_fsdp_shards_it():
+  c = vqkd_b16.get_config().unlock()
+  c.batch_size, c.model.encoder.depth = 64, 1
+  c.mesh.rules = (('heads', None), ('mlp', None), ('vocab', None), ('embed', 'data'))
+  _, _, state = aot.lower(c, jax.devices(), 'step')
+  assert aot.bytes_per_chip(state.params) < 0.2 * 4 * sum(x.size for x in jax.tree.leaves(state.params))
+  with pytest.raises(UserError, match='is for pretraining configs'):
+    aot.lower(c, jax.devices(), 'student')
+
+
+def test_errors():
+  with pytest.raises(UserError, match='use one of v4, v5e, v5p, v6e'):
+    aot.report(beitv2_b16.get_config(), 'v7:2x2')
+  c = beitv2_b16.get_config().unlock()
+  c.batch_size = 12
+  with pytest.raises(UserError, match='does not divide over 8 chips'):
+    aot.lower(c, jax.devices(), 'step')
+  assert sharding.make_mesh(2, 1, jax.devices()).size == 2
