@@ -98,6 +98,7 @@ def lower(c: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
     from beitv2_jax.tasks.tokenizer import vqkd_images
 
     run = jax.jit(lambda frozen, image: task.tokenizer.apply(frozen, vqkd_images(image), method='tokens'))
+    state = train.TrainState(state.step, frozen, {}, {})
     return run.lower(frozen, batch['image']), mesh, state
   if part == 'student' and c.task != 'pretrain':
     raise UserError('--part=student is for pretraining configs.')

@@ -59,6 +59,12 @@ def scaled(init: Callable, factor: float) -> Callable:
   return lambda key, shape, dtype=jnp.float32: init(key, shape, dtype) * factor
 
 
+def gelu(x: jax.Array) -> jax.Array:
+  """Exact GELU, x(1 + erf(x/√2))/2, in torch's form: one polynomial, where jax.nn.gelu's erfc takes two and an exp."""
+  y = x.astype(jnp.float32)  # 1 + erf cancels in bf16
+  return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
 def layer_norm(name: str | None, dtype: Any) -> nn.LayerNorm:
   return nn.LayerNorm(LN_EPS, dtype=dtype, use_fast_variance=False, name=name)
 
@@ -208,7 +214,7 @@ class Block(nn.Module):
     y = layer_norm('norm2', self.dtype)(x)
     hidden = int(width * self.mlp_ratio)
     y = Linear(hidden, self.init, ('embed', 'mlp'), dtype=self.dtype, name='fc1')(y)
-    y = nn.gelu(y, approximate=False)
+    y = gelu(y)
     y = Linear(width, self.init, ('mlp', 'embed'), out_scale, self.dtype, name='fc2')(y)
     return residual(x, y, 'gamma2', keys[1])
 

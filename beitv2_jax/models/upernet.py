@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.models.layers import uniform
+from beitv2_jax.models.layers import gelu, uniform
 from beitv2_jax.models.vit import ViT
 
 
@@ -151,7 +151,7 @@ class Segmenter(nn.Module):
     last, states, _ = self.tokens(images, taps, train)
     states = states or dict.fromkeys(taps, last)  # while initializing
     one, two, three, four = (states[t][:, 1:].reshape(len(images), *self.grid, self.width) for t in taps)
-    one = self.fpn1_up2(nn.gelu(self.fpn1_norm(self.fpn1_up1(one), train), approximate=False))
+    one = self.fpn1_up2(gelu(self.fpn1_norm(self.fpn1_up1(one), train)))
     return one, self.fpn2_up(two), three, nn.max_pool(four, (2, 2), (2, 2))
 
   def __call__(self, images, train: bool = False):
