@@ -17,7 +17,8 @@ from beitv2_jax.errors import SaveError, UserError
 # Decoding processes import this file again, so what is slow to import is imported inside functions.
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A file in configs/, with recipe arguments after a colon.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints, metrics and config.json go; also what a stopped run goes on from.')
-_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0. Not needed on TPU pods and SLURM.')
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, where nothing else says it. SLURM does.')
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Several hosts that find each other, as on a TPU VM slice.')
 _PROCESSES = flags.DEFINE_integer('processes', None, 'Number of processes, with --coordinator.')
 _PROCESS = flags.DEFINE_integer('process', None, 'Index of this process, with --coordinator.')
 
@@ -26,10 +27,19 @@ def start_distributed() -> None:
   """Connects the processes of a multi-host run: by flags, or as the TPU pod or SLURM job says."""
   import jax
 
-  if _COORDINATOR.value:
-    jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-  elif int(os.environ.get('SLURM_NTASKS', 1)) > 1 or ',' in os.environ.get('TPU_WORKER_HOSTNAMES', ''):
-    jax.distributed.initialize()
+  given = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+  slurm, pod = int(os.environ.get('SLURM_NTASKS', 1)) > 1, ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
+  if not (given[0] or slurm or pod or _DISTRIBUTED.value):
+    return
+  how = f'--coordinator={given[0]}' if given[0] else 'SLURM' if slurm else 'the TPU slice'
+  try:
+    jax.distributed.initialize(*given)
+  except Exception as e:  # timeouts, missing variables, refused connections: jax and grpc raise many types
+    reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+    raise UserError(
+      f'the processes did not find each other through {how} ({reason}). Is the same command running on every host, and can they reach the first one? '
+      'Elsewhere give --coordinator=HOST:PORT --processes=N --process=I.'
+    ) from e
 
 
 def use_compilation_cache() -> None:
