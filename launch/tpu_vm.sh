@@ -27,7 +27,7 @@ while [ $# -gt 0 ]; do
     *) echo "error: unknown option $1" >&2; usage ;;
   esac
 done
-[ -n "$name" ] && [ -n "$zone" ] || { echo 'error: give --name and --zone' >&2; exit 2; }
+if [ -z "$name" ] || [ -z "$zone" ]; then echo 'error: give --name and --zone' >&2; exit 2; fi
 
 run() {
   if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi
@@ -35,7 +35,7 @@ run() {
 everywhere() { run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
 
 create() {
-  [ -n "$type" ] && [ -n "$version" ] || { echo 'error: create needs --type and --version' >&2; exit 2; }
+  if [ -z "$type" ] || [ -z "$version" ]; then echo 'error: create needs --type and --version' >&2; exit 2; fi
   # shellcheck disable=SC2086  # empty when not wanted
   run gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone" \
     --accelerator-type="$type" --runtime-version="$version" $spot

@@ -1,8 +1,11 @@
 """The launch scripts print what they would do."""
 
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 TRAIN = ['--', '--config=configs/vqkd_b16.py', '--workdir=/mnt/a run', "--config.mesh.rules=(('embed','data'),)"]
 
@@ -44,3 +47,60 @@ def test_tpu_vm_errors():
   assert 'give --name and --zone' in dry('launch/tpu_vm.sh', 'start', '--name', 'x').stderr
   assert 'create needs --type' in dry('launch/tpu_vm.sh', 'create', '--name', 'x', '--zone', 'z').stderr
   assert 'unknown option --nme' in dry('launch/tpu_vm.sh', 'create', '--nme', 'x').stderr
+
+
+@pytest.mark.parametrize('hosts, where', [(1, ''), (2, '--coordinator=b16-hosts-0-0.b16:8476 --processes=2 --process=$JOB_COMPLETION_INDEX')])
+def test_kubernetes_gpus(hosts, where):
+  out = dry('launch/kubernetes.sh', 'start', '--dry-run', *'--name b16 --image i --gpus 8 --claim c --hosts'.split(), str(hosts), *TRAIN)
+  assert out.returncode == 0, out.stderr
+  job = yaml.safe_load(out.stdout)['spec']['replicatedJobs'][0]['template']['spec']
+  assert job['completions'] == job['parallelism'] == hosts
+  container = job['template']['spec']['containers'][0]
+  assert container['resources']['limits'] == {'nvidia.com/gpu': 8}
+  script = container['args'][0]
+  assert script.rstrip().endswith(where)
+  words = subprocess.run(['bash', '-c', f'exec() {{ printf "%s\\n" "$@"; }}\n{script}'], capture_output=True, text=True).stdout.splitlines()
+  assert words[3:6] == TRAIN[1:]  # quoting survives
+
+
+def test_kubernetes_tpus():
+  args = '--name b16 --image i --tpu tpu-v5-lite-podslice --topology 8x8 --hosts 16 --claim c'.split()
+  out = dry('launch/kubernetes.sh', 'start', '--dry-run', *args, *TRAIN)
+  pod = yaml.safe_load(out.stdout)['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']
+  assert pod['nodeSelector'] == {
+    'cloud.google.com/gke-tpu-accelerator': 'tpu-v5-lite-podslice', 'cloud.google.com/gke-tpu-topology': '8x8'
+  }  # fmt: skip
+  assert pod['containers'][0]['resources']['limits'] == {'google.com/tpu': 4} and '--distributed' in pod['containers'][0]['args'][0]
+  assert 'kubectl delete jobset b16' in dry('launch/kubernetes.sh', 'delete', '--dry-run', '--name', 'b16').stdout
+  assert 'needs --image and --claim' in dry('launch/kubernetes.sh', 'start', '--name', 'x', *TRAIN).stderr
+  assert 'give --tpu and --topology, or --gpus' in dry('launch/kubernetes.sh', 'start', *args[:4], '--claim', 'c', *TRAIN).stderr
+
+
+def test_gpu_host():
+  out = dry('launch/gpu_host.sh', 'start', '--dry-run', '--gpus', '0,1', *TRAIN)
+  assert out.returncode == 0, out.stderr
+  assert out.stdout.startswith('CUDA_VISIBLE_DEVICES=0,1 nohup') and '/mnt/a run/train.log' in out.stdout
+  for command in ('log', 'stop'):
+    assert dry('launch/gpu_host.sh', command, '--dry-run', '--workdir', 'runs/x').returncode == 0
+  assert 'give the workdir' in dry('launch/gpu_host.sh', 'log').stderr
+
+
+def test_gpu_host_goes_on_after_a_failure_but_not_after_bad_input(tmp_path):
+  """The real script, with a stand-in for Python that fails twice, then succeeds; and one that refuses its input."""
+  root = Path(__file__).parent.parent
+  (tmp_path / '.venv' / 'bin').mkdir(parents=True)
+  python = tmp_path / '.venv' / 'bin' / 'python'
+  for codes, tries in (([1, 1, 0], 3), ([2], 1)):
+    python.write_text(f'#!/bin/bash\necho once >> tries\ncodes=({" ".join(map(str, codes))})\nexit ${{codes[$(wc -l < tries) - 1]}}\n')
+    python.chmod(0o755)
+    (tmp_path / 'tries').unlink(missing_ok=True)
+    subprocess.run([root / 'launch/gpu_host.sh', 'start', '--', '--workdir=run'], cwd=tmp_path, check=True, timeout=60)
+    pid = (tmp_path / 'run' / 'launch.pid').read_text().strip()
+    subprocess.run(['tail', f'--pid={pid}', '-f', '/dev/null'], timeout=60)
+    assert (tmp_path / 'tries').read_text().count('once') == tries
+
+
+def test_shellcheck():
+  scripts = sorted(map(str, Path('launch').glob('*.sh')))
+  done = subprocess.run([Path(sys.executable).parent / 'shellcheck', *scripts], capture_output=True, text=True)
+  assert len(scripts) == 4 and done.returncode == 0, done.stdout
