@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,32 @@ class Chip:
   memory: float
   bandwidth: float
   links: float
+  two_cores: bool = False  # that work as one device
 
 
 # Clocks that make the compiler's cycles agree with the public peaks; links as published (total per chip, both directions).
 CHIPS = {
-  'v4': Chip(1.05, 275, 32, 1228, 300),
+  'v4': Chip(1.05, 275, 32, 1228, 300, True),
   'v5e': Chip(1.5, 197, 16, 819, 200),
-  'v5p': Chip(1.75, 459, 95, 2765, 600),
+  'v5p': Chip(1.75, 459, 95, 2765, 600, True),
   'v6e': Chip(1.75, 918, 32, 1640, 448),
 }
+
+
+_SCHEDULES = tempfile.TemporaryDirectory(prefix='beitv2_jax_aot_')
+
+
+def schedule_lengths() -> dict[str, int]:
+  """{operation: instructions it was scheduled into} of what was compiled since the last call."""
+  lengths = {}
+  for file in Path(_SCHEDULES.name).iterdir():
+    if file.name.endswith('schedule-analysis_final_bundles.txt'):
+      text = file.read_text(errors='replace')
+      length, name = re.search(r'total scheduled bundles:\s+(\d+)', text), re.search(r': %([\w.\-]+) =', text)
+      if length and name:
+        lengths[name[1]] = int(length[1])
+    file.unlink()
+  return lengths
 
 
 def topology_devices(name: str) -> list:
@@ -58,6 +76,9 @@ def topology_devices(name: str) -> list:
     raise UserError(f'--topology={name}: use one of {", ".join(CHIPS)}, a colon and the slice, such as v5e:4x4 or v4:2x2x1.')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # there is no metadata server to ask
+  # The compiler writes down its schedule of every operation, which is all that is to be had for our own kernels.
+  dump = f'--xla_jf_dump_to={_SCHEDULES.name} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles'
+  os.environ.setdefault('LIBTPU_INIT_ARGS', dump)
   try:
     from jax.experimental import topologies
 
@@ -99,12 +120,14 @@ def lower(c: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
 
     run = jax.jit(lambda frozen, image: task.tokenizer.apply(frozen, vqkd_images(image), method='tokens'))
     state = train.TrainState(state.step, frozen, {}, {})
-    return run.lower(frozen, batch['image']), mesh, state
+    with jax.set_mesh(mesh):
+      return run.lower(frozen, batch['image']), mesh, state
   if part == 'student' and c.task != 'pretrain':
     raise UserError('--part=student is for pretraining configs.')
   step = train.make_train_step(task, tx, schedule, c.accumulate)
   step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
-  return step.lower(state, {} if part == 'student' else frozen, batch, key), mesh, state
+  with jax.set_mesh(mesh):
+    return step.lower(state, {} if part == 'student' else frozen, batch, key), mesh, state
 
 
 def bytes_per_chip(tree: Any) -> int:
@@ -120,10 +143,19 @@ def report(c: Any, topology: str, part: str = 'step', keep_hlo: str | None = Non
   lowered, mesh, state = lower(c, devices, part)
   compiled = lowered.compile()
   seconds = time.monotonic() - start
+  lengths = schedule_lengths()
+  cores = 2 if chip.two_cores and per_chip == len(devices) else 1
+
+  def kernel_cycles(name, turns, moved):
+    """As long as its schedule, one instruction a cycle, or as its bytes take: memory stalls are not in the schedule."""
+    if name not in lengths:
+      return None
+    return max(lengths[name] * turns // cores, int(moved / chip.bandwidth * chip.clock))
+
   text = compiled.as_text()
   if keep_hlo:
     Path(keep_hlo).write_text(text)
-  program = hlo.Program(text)
+  program = hlo.Program(text, kernel_cycles)
   memory = compiled.memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   needed = flops.per_image(c)

@@ -11,19 +11,22 @@ from beitv2_jax import checkpoint, sharding
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.classifier import Classifier
+from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.tasks import pretrain, tokenizer
 
 
 def build_classifier(c: Any) -> Classifier:
-  return Classifier(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), **config_lib.layers(c))
+  return Classifier(
+    grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), execution=Execution(**config_lib.layers(c))
+  )
 
 
 def build_segmenter(c: Any) -> Segmenter:
   m = c.model.to_dict()
   m |= {k: tuple(m[k]) for k in ('out_indices', 'pool_scales')}  # JSON made them lists
-  return Segmenter(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **m, **config_lib.layers(c))
+  return Segmenter(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **m, execution=Execution(**config_lib.layers(c)))
 
 
 def build(c: Any) -> Any:

@@ -70,6 +70,7 @@ def base(task: str) -> ConfigDict:
     dict(
       scan=False,  # compile one block and loop over it: compiles faster, may run slower
       remat='none',  # what the backward pass computes again to save memory: 'none', 'dots' (attention, GELU), 'full'
+      attention='auto',  # 'xla', 'pallas' (one fused kernel), or 'auto': the kernel on TPUs, where it fits
     )
   )
   c.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
@@ -137,7 +138,7 @@ def patch_grid(c: Any) -> tuple[int, int]:
 
 def layers(c: Any) -> dict[str, Any]:
   """How the blocks are run; not part of what the model is, so a config without it (an imported one) will do."""
-  return c.layers.to_dict() if 'layers' in c else {}
+  return dict(c.get('layers', {}))
 
 
 def check(c: ConfigDict) -> None:
@@ -159,6 +160,8 @@ def check(c: ConfigDict) -> None:
     raise UserError(f'batch_size={c.batch_size} does not divide into accumulate={c.accumulate} parts on {data} data devices.')
   if c.layers.remat not in ('none', 'dots', 'full'):
     raise UserError(f"layers.remat={c.layers.remat!r}; use 'none', 'dots' or 'full'.")
+  if c.layers.attention not in ('auto', 'xla', 'pallas'):
+    raise UserError(f"layers.attention={c.layers.attention!r}; use 'auto', 'xla' or 'pallas'.")
   if c.data.resize not in ('fast', 'pillow'):
     raise UserError(f"data.resize={c.data.resize!r}; use 'fast' or 'pillow'.")
   if c.dtype not in ('bfloat16', 'float32'):

@@ -3,6 +3,7 @@
 import collections
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 _BYTES = {
@@ -27,9 +28,12 @@ class Program:
   """The text of a compiled module, read once.
 
   A loop counts as often as it turns. Inside a fusion nothing counts: the fusion itself carries the estimate.
+  Kernels of our own (custom calls) carry none: they count as `kernel_cycles(name, turns, bytes in and out)`, if given.
   """
 
-  def __init__(self, text: str):
+  def __init__(self, text: str, kernel_cycles: Callable[[str, int, int], int | None] | None = None):
+    self.kernel_cycles = kernel_cycles
+    text = re.sub(r'\{\n("turns":"\d+")\n\}', r'{\1}', text)  # a kernel's metadata is spread over lines
     self.computations: dict[str, list[dict]] = {}
     self.entry, current = '', None
     for line in text.splitlines():
@@ -44,15 +48,19 @@ class Program:
     if self.entry:
       self._visit(self.entry, 1)
 
-  @staticmethod
-  def _instruction(name: str, shape: str, opcode: str, rest: str) -> dict[str, Any]:
-    cycles = re.search(r'"estimated_cycles":"?(\d+)', rest)
+  def _instruction(self, name: str, shape: str, opcode: str, rest: str) -> dict[str, Any]:
+    found = re.search(r'"estimated_cycles":"?(\d+)', rest)
+    cycles = int(found[1]) if found else None
+    turns = re.search(r'kernel_metadata=\{"turns":"(\d+)"\}', rest)
+    if turns and opcode == 'custom-call' and self.kernel_cycles:
+      operands = re.search(r'operand_layout_constraints=\{(.*?\})\}', rest)
+      cycles = self.kernel_cycles(name, int(turns[1]), _shape_bytes(shape) + _shape_bytes(operands[1] if operands else ''))
     constant = re.match(r'(\d+)\)', rest) if opcode == 'constant' else None
     source = re.search(r'op_name="([^"]*)"', rest)
     called = dict(re.findall(r'(body|condition|to_apply|calls)=%?([\w.\-]+)', rest))
     branches = re.search(r'branch_computations=\{([^}]*)\}', rest)
     return dict(
-      name=name, opcode=opcode, bytes=_shape_bytes(shape), cycles=int(cycles[1]) if cycles else None, constant=int(constant[1]) if constant else None,
+      name=name, opcode=opcode, bytes=_shape_bytes(shape), cycles=cycles, constant=int(constant[1]) if constant else None,
       source=source[1] if source else '', called=called,
       branches=[b.strip().lstrip('%') for b in branches[1].split(',')] if branches else [],
     )  # fmt: skip

@@ -17,6 +17,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import UserError
 from beitv2_jax.metrics import Metrics
+from beitv2_jax.models import attention
 
 
 class TrainState(NamedTuple):
@@ -147,6 +148,8 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   for change in changed:
     metrics.say(f'warning: the run began with another config; {change}')
 
+  if refused := attention.check():
+    metrics.say(f'warning: the attention kernel does not work on this chip ({refused}); taking plain XLA.')
   frozen = sharding.put_replicated(frozen, mesh)
   batches = pipeline.train_batches(
       opened['train'], transforms['train'], seed=c.seed, batch=c.batch_size, start=start, workers=c.data.workers,
@@ -191,7 +194,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   signals = _Signals()
   step, pending, results, warned = start, None, {}, []
   try:
-    with signals:
+    with signals, jax.set_mesh(mesh):
       if step < steps:
         batch, wait = pull()
         if step == 0 and not c.init_from:

@@ -8,6 +8,7 @@ import pytest
 
 from beitv2_jax.models import layers, vit
 from beitv2_jax.models.classifier import Classifier
+from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.mim import MIM, mask_from_index
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
@@ -129,8 +130,8 @@ def test_position_embedding_resize_is_bicubic():
 def test_scanned_layers_drop_the_same_paths(remat):
   images, mask = jax.random.normal(jax.random.key(0), (4, 32, 32, 3)), jnp.zeros((4, 16), bool)
   outs = []
-  for options in (dict(), dict(scan=True, remat=remat)):
-    module = MIM(16, 4, 2, 8, (4, 4), 24, early_layer=3, layer_scale=1.0, drop_path=0.5, **options)
+  for execution in (Execution(), Execution(scan=True, remat=remat)):
+    module = MIM(16, 4, 2, 8, (4, 4), 24, early_layer=3, layer_scale=1.0, drop_path=0.5, execution=execution)
     variables = module.init(jax.random.key(1), images)
     apply = jax.jit(lambda v, m=module: m.apply(v, images, mask, train=True, rngs={'drop_path': jax.random.key(2)}))
     outs.append(apply(nn.unbox(variables)))

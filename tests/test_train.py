@@ -114,7 +114,8 @@ def some_steps(c, steps=3):
     if i == 0:
       warm = jax.jit(task.warm_start, out_shardings=shardings.model_state)
       state = state._replace(model_state=warm(state.params, state.model_state, frozen, batch, jax.random.key(1)))
-    state, values = step(state, frozen, batch, jax.random.key(2))
+    with jax.set_mesh(mesh):
+      state, values = step(state, frozen, batch, jax.random.key(2))
     out.append([float(values['loss']), float(values['grad_norm'])])
   return np.array(out), state
 
@@ -150,6 +151,15 @@ def test_layouts_and_ways_to_run_the_layers_give_the_same_numbers(task, changes)
 
 
 _cache = {}
+
+
+def test_the_attention_kernel_trains_to_the_same_numbers():
+  """The TPU kernel, interpreted, with heads and images split over the mesh, against plain attention on one device."""
+  size = dict(model__width=256, model__heads=4, model__drop_path=0.0)
+  alone, _ = some_steps(smoke('pretrain', **size, layers__attention='xla'))
+  kernel = dict(layers__attention='pallas', layers__scan=True, layers__remat='full')
+  together, _ = some_steps(smoke('pretrain', **size, **kernel, mesh__data=2, mesh__model=2, mesh__rules=FSDP))
+  np.testing.assert_allclose(together, alone, rtol=2e-5)
 
 
 def test_two_processes_give_the_numbers_of_one(runs, tmp_path):

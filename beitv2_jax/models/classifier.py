@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from beitv2_jax.models.layers import Init, Linear, layer_norm
+from beitv2_jax.models.layers import Execution, Init, Linear, layer_norm
 from beitv2_jax.models.vit import ViT
 
 
@@ -28,14 +28,13 @@ class Classifier(nn.Module):
   rel_pos: str = 'per_block'
   mean_pooling: bool = True
   head_scale: float = 0.001
-  scan: bool = False
-  remat: str = 'none'
+  execution: Execution = Execution()
   dtype: Any = jnp.float32
 
   def setup(self):
     self.backbone = ViT(
       self.width, self.depth, self.heads, self.patch_size, self.grid, self.mlp_ratio, self.abs_pos, self.rel_pos,
-      self.layer_scale, self.drop_path, scan=self.scan, remat=self.remat, dtype=self.dtype,
+      self.layer_scale, self.drop_path, execution=self.execution, dtype=self.dtype,
     )  # fmt: skip
     if self.mean_pooling:
       self.fc_norm = layer_norm(None, self.dtype)

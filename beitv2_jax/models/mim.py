@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from beitv2_jax.models.layers import Block, Init, Linear, apply_blocks, layer_norm
+from beitv2_jax.models.layers import Block, Execution, Init, Linear, apply_blocks, layer_norm
 from beitv2_jax.models.vit import ViT, drop_path_rates
 
 
@@ -38,15 +38,14 @@ class MIM(nn.Module):
   init_scheme: str = 'truncated'
   # The official code builds the aggregation blocks after its init pass, so they keep torch's default.
   aggregation_init: str = 'torch'
-  scan: bool = False
-  remat: str = 'none'
+  execution: Execution = Execution()
   dtype: Any = jnp.float32
 
   def setup(self):
     init = Init(self.init_scheme)
     self.backbone = ViT(
         self.width, self.depth, self.heads, self.patch_size, self.grid, self.mlp_ratio, self.abs_pos,
-        self.rel_pos, self.layer_scale, self.drop_path, True, init, self.scan, self.remat, self.dtype,
+        self.rel_pos, self.layer_scale, self.drop_path, True, init, self.execution, self.dtype,
     )  # fmt: skip
     # The rescale of the output matrices follows the block's place, and is applied whatever the init was.
     self.aggregation = [self._block(k) for k in range(self.head_layers)]
@@ -58,7 +57,14 @@ class MIM(nn.Module):
 
   def _block(self, k, **kwargs):
     return Block(
-      self.heads, self.early_layer + k, self.mlp_ratio, Init(self.aggregation_init), self.layer_scale, dtype=self.dtype, **kwargs
+      self.heads,
+      self.early_layer + k,
+      self.mlp_ratio,
+      Init(self.aggregation_init),
+      self.layer_scale,
+      attention=self.execution.attention,
+      dtype=self.dtype,
+      **kwargs,
     )
 
   def tokens(self, images, mask=None, taps=(), train: bool = False):
@@ -77,7 +83,7 @@ class MIM(nn.Module):
       rates = rates[self.early_layer : self.early_layer + self.head_layers]
       key = self.make_rng('drop_path') if train and any(rates) else None
       params = [self.variables['params'][f'aggregation_{k}'] for k in range(self.head_layers)]
-      branches.append(apply_blocks(self._block(0, parent=None), params, y, bias, rates, key, self.scan, self.remat))
+      branches.append(apply_blocks(self._block(0, parent=None), params, y, bias, rates, key, self.execution))
     return branches[0], {k: states[k] for k in taps if k in states}, branches
 
   def __call__(self, images, mask=None, index=None, train: bool = False):

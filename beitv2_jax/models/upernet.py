@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.models.layers import gelu, uniform
+from beitv2_jax.models.layers import Execution, gelu, uniform
 from beitv2_jax.models.vit import ViT
 
 
@@ -118,14 +118,13 @@ class Segmenter(nn.Module):
   dropout: float = 0.1
   abs_pos: bool = False
   rel_pos: str = 'per_block'
-  scan: bool = False
-  remat: str = 'none'
+  execution: Execution = Execution()
   dtype: Any = jnp.float32
 
   def setup(self):
     self.backbone = ViT(
       self.width, self.depth, self.heads, self.patch_size, self.grid, self.mlp_ratio, self.abs_pos, self.rel_pos,
-      self.layer_scale, self.drop_path, scan=self.scan, remat=self.remat, dtype=self.dtype,
+      self.layer_scale, self.drop_path, execution=self.execution, dtype=self.dtype,
     )  # fmt: skip
     conv = lambda features, size: ConvModule(features, size, self.dtype)
     last = lambda: nn.Conv(self.classes, (1, 1), dtype=self.dtype, kernel_init=nn.initializers.normal(0.01))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.models.layers import Block, Init, PatchEmbed, RelPosBias, apply_blocks
+from beitv2_jax.models.layers import Block, Execution, Init, PatchEmbed, RelPosBias, apply_blocks
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
@@ -69,8 +69,7 @@ class ViT(nn.Module):
   drop_path: tuple[float, ...] | float = 0.0
   mask_token: bool = False
   init: Init = Init()
-  scan: bool = False  # one compiled block for all, see layers.apply_blocks
-  remat: str = 'none'
+  execution: Execution = Execution()
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -94,7 +93,7 @@ class ViT(nn.Module):
     own_table = self.grid if self.rel_pos == 'per_block' else None
 
     def block(i, **kwargs):
-      return Block(self.heads, i, self.mlp_ratio, self.init, self.layer_scale, own_table, self.dtype, **kwargs)
+      return Block(self.heads, i, self.mlp_ratio, self.init, self.layer_scale, own_table, self.execution.attention, self.dtype, **kwargs)
 
     if self.is_initializing():
       for i in range(self.depth):
@@ -105,8 +104,7 @@ class ViT(nn.Module):
     for stop in sorted({*taps, self.depth}):
       here = range(done, stop)
       part_key = key if key is None else jax.random.fold_in(key, done)
-      x = apply_blocks(
-        block(0, parent=None), [params[f'block_{i}'] for i in here], x, bias, [rates[i] for i in here], part_key, self.scan, self.remat
-      )
+      here_params, here_rates = [params[f'block_{i}'] for i in here], [rates[i] for i in here]
+      x = apply_blocks(block(0, parent=None), here_params, x, bias, here_rates, part_key, self.execution)
       states, done = states | {stop: x}, stop
     return x, {t: states[t] for t in taps}, bias

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from beitv2_jax.models.layers import Init, Linear, layer_norm
+from beitv2_jax.models.layers import Execution, Init, Linear, layer_norm
 from beitv2_jax.models.quantizer import Quantizer, l2norm
 from beitv2_jax.models.vit import ViT
 
@@ -53,8 +53,7 @@ class VQKD(nn.Module):
   decoder_heads: int = 12
   mlp_ratio: float = 4.0
   init_scheme: str = 'normal'
-  scan: bool = False
-  remat: str = 'none'
+  execution: Execution = Execution()
   dtype: Any = jnp.float32
 
   def setup(self):
@@ -68,8 +67,7 @@ class VQKD(nn.Module):
         grid=self.grid,
         mlp_ratio=self.mlp_ratio,
         init=init,
-        scan=self.scan,
-        remat=self.remat,
+        execution=self.execution,
         dtype=self.dtype,
         parent=None,
       )

@@ -12,6 +12,7 @@ from beitv2_jax.data import augment
 from beitv2_jax.data.masking import BlockMask
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
+from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.mim import MIM
 from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
 from beitv2_jax.models.vqkd import VQKD
@@ -20,7 +21,7 @@ from beitv2_jax.tasks import Task, tokenizer
 
 def build(c: Any) -> MIM:
   """The module of a pretraining config; `model.vocab` is the tokenizer's number of codes."""
-  return MIM(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), **config_lib.layers(c))
+  return MIM(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), execution=Execution(**config_lib.layers(c)))
 
 
 def make(c: Any, abstract: bool = False) -> tuple[Task, Any]:

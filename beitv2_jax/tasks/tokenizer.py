@@ -13,6 +13,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import quantizer, teacher
+from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import Task
 
@@ -40,7 +41,7 @@ def build(c: Any) -> VQKD:
     **sizes,
     mlp_ratio=m.mlp_ratio,
     init_scheme=m.init_scheme,
-    **config_lib.layers(c),
+    execution=Execution(**config_lib.layers(c)),
     dtype=jnp.dtype(c.dtype),
   )
 
