@@ -60,11 +60,10 @@ def schedule_lengths() -> dict[str, int]:
   """{operation: instructions it was scheduled into} of what was compiled since the last call."""
   lengths = {}
   for file in Path(_SCHEDULES.name).iterdir():
-    if file.name.endswith('schedule-analysis_final_bundles.txt'):
-      text = file.read_text(errors='replace')
-      length, name = re.search(r'total scheduled bundles:\s+(\d+)', text), re.search(r': %([\w.\-]+) =', text)
-      if length and name:
-        lengths[name[1]] = int(length[1])
+    name = re.fullmatch(r'\d+-(.+)-\d+-schedule-analysis_final_bundles.txt', file.name)
+    length = name and re.search(r'total scheduled bundles:\s+(\d+)', file.read_text(errors='replace'))
+    if length:
+      lengths[name[1]] = int(length[1])
     file.unlink()
   return lengths
 
@@ -146,11 +145,10 @@ def report(c: Any, topology: str, part: str = 'step', keep_hlo: str | None = Non
   lengths = schedule_lengths()
   cores = 2 if chip.two_cores and per_chip == len(devices) else 1
 
-  def kernel_cycles(name, turns, moved):
+  def kernel_cycles(names, turns, moved):
     """As long as its schedule, one instruction a cycle, or as its bytes take: memory stalls are not in the schedule."""
-    if name not in lengths:
-      return None
-    return max(lengths[name] * turns // cores, int(moved / chip.bandwidth * chip.clock))
+    length = max((lengths[n] for n in names if n in lengths), default=None)
+    return None if length is None else max(length * turns // cores, int(moved / chip.bandwidth * chip.clock))
 
   text = compiled.as_text()
   if keep_hlo:

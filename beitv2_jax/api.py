@@ -37,6 +37,13 @@ def build(c: Any) -> Any:
   return builders[c.task](c)
 
 
+def _array(x: Any, name: str) -> jax.Array:
+  try:
+    return jnp.asarray(x)
+  except (TypeError, ValueError) as e:
+    raise UserError(f'{name}: {type(x).__name__} is no array of numbers.') from e
+
+
 class Model:
   """A trained model and its weights. Images are uint8 or float [B, h, w, 3], RGB; floats are in [0, 1].
 
@@ -75,27 +82,34 @@ class Model:
     x = self._input(images, normalize, ('pretrain',))
     if not self.config.model.vocab:
       raise UserError('this checkpoint came without its lm_head: there are no codes to predict.')
-    mask = jnp.asarray(mask, bool).reshape(len(x), -1)
-    if mask.shape[1] != self.grid[0] * self.grid[1]:
-      raise UserError(f'mask has {mask.shape[1]} cells an image; this model has a {self.grid} grid.')
+    mask, (gh, gw) = _array(mask, 'mask'), self.grid
+    if mask.dtype != bool:
+      raise UserError(f'the mask is {mask.dtype}; use bool, True where a patch is hidden.')
+    if mask.shape not in ((len(x), gh * gw), (len(x), gh, gw)):
+      raise UserError(
+        f'mask has shape {mask.shape}; expected {(len(x), gh * gw)} or {(len(x), gh, gw)}: a cell for every patch of every image.'
+      )
+    mask = mask.reshape(len(x), -1)
     return self._call('logits', x, mask)
 
   def _input(self, images, scale: bool, kinds: tuple[str, ...] = ()) -> jax.Array:
     if kinds and self.kind not in kinds:
       raise UserError(f'this is a {self.kind} model; that needs a {" or ".join(kinds)} model.')
-    images = jnp.asarray(images)
+    images = _array(images, 'images')
     h, w, _ = config_lib.image_shape(self.config)
-    if images.ndim != 4 or images.shape[-1] != 3:
+    if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
       raise UserError(f'images have shape {images.shape}; expected [B, h, w, 3], RGB with channels last.')
     if images.shape[1:3] != (h, w):
       raise UserError(f'images are {images.shape[1]}x{images.shape[2]}; this model takes {h}x{w}.')
     if not scale:
+      if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(f'images are {images.dtype}; normalize=False takes floats that are normalised already.')
       return images.astype(jnp.float32)
     if images.dtype == jnp.uint8:
       images = tokenizer.unit_images(images)
     elif not jnp.issubdtype(images.dtype, jnp.floating):
       raise UserError(f'images are {images.dtype}; use uint8, or floats in [0, 1].')
-    elif images.size and (float(images.min()) < 0 or float(images.max()) > 1):
+    elif not (float(images.min()) >= 0 and float(images.max()) <= 1):  # or NaN
       raise UserError(
         f'float images must lie in [0, 1]; these span [{float(images.min()):.3g}, {float(images.max()):.3g}]. normalize=False takes any range.'
       )

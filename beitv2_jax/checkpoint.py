@@ -121,7 +121,10 @@ def load_variables(workdir: str | Path, what: str = 'a workdir of a finished sta
   if not steps:
     raise UserError(f'no complete checkpoint in {folder}: expected {what}; has its training saved yet?')
   path = folder / str(max(steps)) / 'variables'
-  restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _shapes(path))
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    variables = checkpointer.restore(path, restore_args=restore_args)
+  try:
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _shapes(path))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      variables = checkpointer.restore(path, restore_args=restore_args)
+  except Exception as e:  # missing or cut files: Orbax and tensorstore raise many types
+    raise UserError(f'the checkpoint {path} is damaged ({(str(e).splitlines() or [type(e).__name__])[0][:200]}).') from e
   return config, variables, max(steps)

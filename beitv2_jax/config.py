@@ -51,6 +51,7 @@ def base(task: str) -> ConfigDict:
       b1=0.9,
       b2=0.999,
       eps=1e-8,
+      first_moment='float32',  # 'bfloat16' keeps it in half the memory, and updates faster where memory is what limits
       weight_decay=0.05,
       clip_norm=0.0,  # 0: no clipping
       layer_decay=1.0,  # factor of the learning rate from one block to the one before it
@@ -164,6 +165,8 @@ def check(c: ConfigDict) -> None:
     raise UserError(f"layers.attention={c.layers.attention!r}; use 'auto', 'xla' or 'pallas'.")
   if c.data.resize not in ('fast', 'pillow'):
     raise UserError(f"data.resize={c.data.resize!r}; use 'fast' or 'pillow'.")
+  if c.optim.first_moment not in ('bfloat16', 'float32'):
+    raise UserError(f"optim.first_moment={c.optim.first_moment!r}; use 'bfloat16' or 'float32'.")
   if c.dtype not in ('bfloat16', 'float32'):
     raise UserError(f"dtype={c.dtype!r}; use 'bfloat16' or 'float32'.")
 
@@ -185,7 +188,15 @@ def load(workdir: str | Path, what: str = 'a workdir of a finished stage') -> Co
   path = Path(workdir).expanduser() / 'config.json'
   if not path.is_file():
     raise UserError(f'no config.json in {path.parent}: expected {what}.')
-  return ConfigDict(json.loads(path.read_text()))
+  try:
+    config = ConfigDict(json.loads(path.read_text()))
+  except ValueError as e:
+    raise UserError(f'{path} is damaged ({e}).') from e
+  if 'task' not in config:
+    raise UserError(
+      f'{path} is not of a stage trained here: expected {what}. (A Hugging Face or timm model comes in through beitv2_jax.convert.)'
+    )
+  return config
 
 
 def changes(old: ConfigDict, new: ConfigDict, prefix: str = '') -> list[str]:

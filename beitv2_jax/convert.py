@@ -34,12 +34,16 @@ def _read(kind: str, source: str | Path) -> dict[str, np.ndarray]:
   return huggingface.to_official(kind, state) if huggingface.is_theirs(state) else state
 
 
-def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes_given: Any) -> None:
+def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes_given: Any) -> str:
   """Reads an official .pth or .safetensors file, or a Hugging Face model.safetensors, and writes a directory that `beitv2_jax.load` opens.
 
-  Raises UserError if the file is broken, of another kind or does not fit; then nothing is written.
+  Returns what was read off the arrays, in words. Raises UserError if the file is broken, of another kind, not finite or does not fit;
+  then nothing is written.
   """
   state = _read(kind, source)
+  broken = [k for k, v in state.items() if np.issubdtype(v.dtype, np.floating) and not np.isfinite(v).all()]
+  if broken:
+    raise UserError(f'{source} has values that are not finite in {", ".join(broken[:3])}: its training had diverged, or it is damaged.')
   c = sizes.config_of(kind, state, **sizes_given)
   heads = dict(encoder=c.model.encoder.heads, decoder=c.model.decoder.heads) if kind == 'tokenizer' else dict(encoder=c.model.heads)
   variables = official.to_ours(kind, state, heads)
@@ -59,6 +63,15 @@ def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes
     checkpoint.write_variables(folder, 0, variables)
 
   _write_beside(Path(target), write)
+  m = c.model
+  say = [f'a {kind} on a {"x".join(map(str, config_lib.patch_grid(c)))} grid of {m.patch_size} px patches']
+  for side in (m.encoder, m.decoder) if kind == 'tokenizer' else (m,):
+    say.append(f'{side.depth} blocks of width {side.width} in {side.heads} heads')
+  if kind == 'pretrain' and m.head_layers:
+    say.append(f'aggregation of {m.head_layers} blocks on the patches of block {m.early_layer}')
+  if kind == 'segmenter':
+    say.append(f'taps after blocks {", ".join(map(str, m.out_indices))} (from 0)')
+  return ', '.join(say)
 
 
 def export_checkpoint(source: str | Path, target: str | Path, form: str) -> None:
@@ -173,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     given = dict(
       heads=args.num_heads, decoder_heads=args.decoder_num_heads, grid=args.grid, early=args.early_layer, out_indices=args.out_indices
     )
-    import_checkpoint(args.kind, args.source, args.to, **given)
+    print(import_checkpoint(args.kind, args.source, args.to, **given))
   print(f'wrote {args.to}')
 
 

@@ -14,13 +14,13 @@ class SaveError(RuntimeError):
 
 
 def one_line(main: Callable[..., int | None]) -> Callable[..., int]:
-  """For the `main` of a command line: bad input is one line on stderr and exit code 2, Ctrl-C is 130."""
+  """For the `main` of a command line: bad input, or a path that cannot be read or written, is one line on stderr and exit code 2, Ctrl-C is 130."""
 
   @functools.wraps(main)
   def wrapped(*args, **kwargs) -> int:
     try:
       return main(*args, **kwargs) or 0
-    except UserError as e:
+    except (UserError, OSError) as e:
       print(f'error: {e}', file=sys.stderr)
       return 2
     except KeyboardInterrupt:

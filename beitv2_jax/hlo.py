@@ -28,11 +28,11 @@ class Program:
   """The text of a compiled module, read once.
 
   A loop counts as often as it turns. Inside a fusion nothing counts: the fusion itself carries the estimate.
-  Kernels of our own (custom calls) carry none: they count as `kernel_cycles(name, turns, bytes in and out)`, if given.
+  Kernels of our own (custom calls) carry none: they count as `kernel_cycles(names, turns, bytes in and out)`, if given. The names
+  are those of all calls of the same kernel, of which the compiler keeps one.
   """
 
-  def __init__(self, text: str, kernel_cycles: Callable[[str, int, int], int | None] | None = None):
-    self.kernel_cycles = kernel_cycles
+  def __init__(self, text: str, kernel_cycles: Callable[[list[str], int, int], int | None] | None = None):
     text = re.sub(r'\{\n("turns":"\d+")\n\}', r'{\1}', text)  # a kernel's metadata is spread over lines
     self.computations: dict[str, list[dict]] = {}
     self.entry, current = '', None
@@ -43,6 +43,10 @@ class Program:
         self.entry = head[2] if head[1] else self.entry
       elif current is not None and (found := re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$', line)):
         current.append(self._instruction(*found.groups()))
+    kernels = [i for c in self.computations.values() for i in c if i['kernel']]
+    for i in kernels if kernel_cycles else ():
+      same = [j['name'] for j in kernels if j['kernel']['body'] == i['kernel']['body']]
+      i['cycles'] = kernel_cycles(same, i['kernel']['turns'], i['kernel']['moved'])
     self.times: collections.Counter = collections.Counter()
     self.unknown_loops = 0  # counted as one turn
     if self.entry:
@@ -52,15 +56,17 @@ class Program:
     found = re.search(r'"estimated_cycles":"?(\d+)', rest)
     cycles = int(found[1]) if found else None
     turns = re.search(r'kernel_metadata=\{"turns":"(\d+)"\}', rest)
-    if turns and opcode == 'custom-call' and self.kernel_cycles:
-      operands = re.search(r'operand_layout_constraints=\{(.*?\})\}', rest)
-      cycles = self.kernel_cycles(name, int(turns[1]), _shape_bytes(shape) + _shape_bytes(operands[1] if operands else ''))
+    kernel = None
+    if turns and opcode == 'custom-call':
+      operands, body = re.search(r'operand_layout_constraints=\{(.*?\})\}', rest), re.search(r'"body":"([^"]*)"', rest)
+      moved = _shape_bytes(shape) + _shape_bytes(operands[1] if operands else '')
+      kernel = dict(turns=int(turns[1]), moved=moved, body=body[1] if body else name)
     constant = re.match(r'(\d+)\)', rest) if opcode == 'constant' else None
     source = re.search(r'op_name="([^"]*)"', rest)
     called = dict(re.findall(r'(body|condition|to_apply|calls)=%?([\w.\-]+)', rest))
     branches = re.search(r'branch_computations=\{([^}]*)\}', rest)
     return dict(
-      name=name, opcode=opcode, bytes=_shape_bytes(shape), cycles=cycles, constant=int(constant[1]) if constant else None,
+      name=name, opcode=opcode, kernel=kernel, bytes=_shape_bytes(shape), cycles=cycles, constant=int(constant[1]) if constant else None,
       source=source[1] if source else '', called=called,
       branches=[b.strip().lstrip('%') for b in branches[1].split(',')] if branches else [],
     )  # fmt: skip

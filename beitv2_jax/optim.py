@@ -65,22 +65,24 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
-def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def scale_by_adam(b1: float, b2: float, eps: float, first_moment: Any = jnp.float32) -> optax.GradientTransformation:
   """Adam's direction m̂/(√v̂ + eps), as optax.scale_by_adam but with the bias corrections to fp32's last digit.
 
-  optax takes 1 - b**t in fp32, which for b2 = 0.999 is off by 1.3e-5 at the first step; torch takes it in fp64.
+  optax takes 1 - b**t in fp32, which for b2 = 0.999 is off by 1.3e-5 at the first step; torch takes it in fp64. `first_moment` is the
+  type it is kept in. (The second one moves by a thousandth a step, which bf16 would round away.)
   """
 
   def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+    zeros = lambda dtype: jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
+    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(first_moment), zeros(None))
 
   def update(grads, state, params=None):
     count = state.count + 1
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
     c1, c2 = (-jnp.expm1(count * math.log(b)) for b in (b1, b2))
-    return jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), mu, nu), optax.ScaleByAdamState(count, mu, nu)
+    kept = jax.tree.map(lambda m: m.astype(first_moment), mu)
+    return jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), mu, nu), optax.ScaleByAdamState(count, kept, nu)
 
   return optax.GradientTransformation(init, update)
 
@@ -91,7 +93,7 @@ def make(c: Any, steps: int, warmup: int) -> tuple[optax.GradientTransformation,
   by_layer = optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, layer_scales(params, c.layer_decay)))
   tx = optax.chain(
     clip_by_global_norm(c.clip_norm) if c.clip_norm > 0 else optax.identity(),
-    scale_by_adam(c.b1, c.b2, c.eps),
+    scale_by_adam(c.b1, c.b2, c.eps, jnp.dtype(c.first_moment)),
     optax.add_decayed_weights(c.weight_decay, mask=lambda p: decay_mask(p, c.no_decay)),
     by_layer if c.layer_decay < 1 else optax.identity(),
     optax.scale_by_learning_rate(schedule),

@@ -40,7 +40,7 @@ def prepared(paths: list[Path], size: int, batch: int) -> Iterator[tuple[list[Pa
     try:
       image = transforms.decode(path.read_bytes())
     except transforms.UNDECODABLE as e:
-      print(f'warning: {path} does not decode ({e}); left out.', file=sys.stderr)
+      print(f'warning: {path} does not decode ({type(e).__name__}); left out.', file=sys.stderr)
       continue
     images.append(crop(dict(image=image), None)['image'])
     names.append(path)
@@ -93,6 +93,10 @@ def main(argv: list[str] | None = None) -> None:
   use_compilation_cache()
   if args.save and args.save.suffix not in ('.npz', '.parquet'):
     raise UserError(f'--save {args.save}: give a name that ends in .npz or .parquet.')
+  if args.save and not args.save.expanduser().absolute().parent.is_dir():
+    raise UserError(f'--save {args.save}: there is no such folder.')
+  if args.batch < 1:
+    raise UserError(f'--batch {args.batch}: at least 1.')
   names, codes = tokenize(api.load(args.tokenizer), find_images(args.paths), args.batch)
   if args.save:
     save(args.save, names, codes)

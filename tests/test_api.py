@@ -68,7 +68,16 @@ def test_refusals(models, tmp_path):
     tokenizer.tokens(images().astype(np.int32))
   with pytest.raises(UserError, match='needs a tokenizer model'):
     pretrained.tokens(images())
-  with pytest.raises(UserError, match='mask has 9 cells'):
+  with pytest.raises(UserError, match=r'mask has shape \(3, 9\)'):
     pretrained.masked_logits(images(), np.zeros((3, 9), bool))
+  with pytest.raises(UserError, match='use bool, True where'):
+    pretrained.masked_logits(images(), np.zeros((3, 16), np.int64))
+  with pytest.raises(UserError, match=r'lie in \[0, 1\]'):
+    tokenizer.tokens(np.full((1, 32, 32, 3), np.nan, np.float32))
+  with pytest.raises(UserError, match='takes floats that are normalised'):
+    tokenizer.tokens(images(), normalize=False)
+  for nothing in (None, 'image.jpg', [[1], [2, 3]], np.zeros((0, 32, 32, 3), np.uint8)):
+    with pytest.raises(UserError):
+      tokenizer.tokens(nothing)
   with pytest.raises(UserError, match='no config.json'):
     beitv2_jax.load(tmp_path)

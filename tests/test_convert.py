@@ -12,13 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import beitv2_jax
-from beitv2_jax import checkpoint, convert, handoff, sharding
+from beitv2_jax import checkpoint, config, convert, handoff, sharding
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MIM
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.weights import files, official
+from tests.conftest import smoke
 
 MODULES = {
   'tokenizer': VQKD((2, 3), 8, 24, 4, 8, 128, 2, 2, 64, 1, 1),
@@ -109,7 +110,7 @@ class Evil:
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
   pth(tmp_path / 'evil.pth', pickle.dumps({'model': Evil()}))
-  with pytest.raises(UserError, match=r'refused: the file wants to run (posix|os)\.system'):
+  with pytest.raises(UserError, match=r'refused: opening the file would run (posix|os)\.system'):
     files.read_state(tmp_path / 'evil.pth')
   assert not os.path.exists('/tmp/beitv2_evil')
 
@@ -173,3 +174,59 @@ def test_hugging_face_directory(tmp_path):
 def test_tree_diff_names_both_sides():
   with pytest.raises(UserError, match=r'only in B: y.*only in A: x.*z \(1,\) against \(2,\)'):
     handoff.check_same({'x': np.zeros(1), 'z': np.zeros(1)}, {'y': np.zeros(1), 'z': np.zeros(2)}, 'A', 'B')
+
+
+def test_a_stage_trained_here_goes_to_hugging_face(tmp_path):
+  """Its config leaves out what the model has by default."""
+  c = smoke('pretrain').unlock()
+  c.model.vocab = 8
+  module = beitv2_jax.api.build(c)
+  variables = sharding.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+  config.save(c, tmp_path)
+  checkpoint.write_variables(tmp_path, 0, variables)
+  assert convert.main(['export', '--from', f'{tmp_path}', '--to', f'{tmp_path}/hf', '--to-format', 'hf']) == 0
+  theirs = json.loads((tmp_path / 'hf' / 'config.json').read_text())
+  assert theirs['use_shared_relative_position_bias'] and not theirs['use_absolute_position_embeddings']
+
+
+def test_a_segmenter_comes_back_from_hugging_face(tmp_path):
+  """Its export has a block of zeros more, which the import leaves out again."""
+  save_file(random_state('segmenter', Segmenter(8, 12, 2, 8, (2, 2), 5, channels=8, aux_channels=4)), tmp_path / 'in.safetensors')
+  convert.import_checkpoint('segmenter', tmp_path / 'in.safetensors', tmp_path / 'a')
+  convert.export_checkpoint(tmp_path / 'a', tmp_path / 'hf', 'hf')
+  said = convert.import_checkpoint('segmenter', tmp_path / 'hf', tmp_path / 'b')  # the directory itself
+  assert '12 blocks of width 8' in said and 'taps after blocks 3, 5, 7, 11' in said
+  a, b = (handoff.flatten(checkpoint.load_variables(tmp_path / x)[1]) for x in 'ab')
+  assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+  'kind, extra, words',
+  [
+    ('pretrain', ['--early-layer', '4'], 'a block before the last of 4'),
+    ('pretrain', ['--early-layer', '-1'], 'a block before the last of 4'),
+    ('classifier', ['--num-heads', '-2'], 'at least 1'),
+    ('classifier', [], 'not finite in head.bias'),
+  ],
+)
+def test_impossible_sizes_and_weights_are_refused(tmp_path, capsys, kind, extra, words):
+  state = random_state(kind)
+  if kind == 'classifier' and not extra:
+    state['head.bias'][0] = np.nan
+  save_file(state, tmp_path / 'in.safetensors')
+  args = ['import', '--kind', kind, '--from', f'{tmp_path}/in.safetensors', '--to', f'{tmp_path}/dir', '--grid', '2x3', *extra]
+  assert convert.main(args) == 2 and words in capsys.readouterr().err
+  assert not (tmp_path / 'dir').exists()
+
+
+def test_a_target_inside_a_file_and_a_damaged_checkpoint_are_one_line(tmp_path, capsys):
+  save_file(random_state('classifier'), tmp_path / 'in.safetensors')
+  args = ['import', '--kind', 'classifier', '--from', f'{tmp_path}/in.safetensors', '--grid', '2x3', '--to']
+  assert convert.main([*args, f'{tmp_path}/in.safetensors/sub']) == 2
+  assert capsys.readouterr().err.startswith('error: ')
+  assert convert.main([*args, f'{tmp_path}/dir']) == 0
+  for path in (tmp_path / 'dir' / 'checkpoints').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[:3])
+  with pytest.raises(UserError, match='is damaged'):
+    beitv2_jax.load(tmp_path / 'dir')

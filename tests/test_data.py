@@ -134,6 +134,31 @@ def test_folder_with_splits_and_flat_folder(tmp_path):
   assert flat.classes is None and 'label' not in flat[0]
 
 
+def test_folders_whose_splits_do_not_fit(tmp_path):
+  for split, names in (('train', 'abc'), ('val', 'bc')):
+    for name in names:
+      (tmp_path / split / name).mkdir(parents=True)
+      save_jpeg(tmp_path / split / name / '0.jpg', 9)
+  held = sources.make(f'folder:{tmp_path}', 'eval')
+  assert held.classes == ['a', 'b', 'c'] and [held[i]['label'] for i in range(2)] == [1, 2]  # as in training
+  (tmp_path / 'val' / 'd').mkdir()
+  save_jpeg(tmp_path / 'val' / 'd' / '0.jpg', 9)
+  with pytest.raises(UserError, match='has not: d'):
+    sources.make(f'folder:{tmp_path}', 'eval')
+  (tmp_path / 'train').rename(tmp_path / 'other')
+  with pytest.raises(UserError, match='has val but none of train, training'):
+    sources.make(f'folder:{tmp_path}', 'train')
+
+
+def test_a_link_back_does_not_multiply_a_folder(tmp_path):
+  for name in 'ab':
+    (tmp_path / name).mkdir()
+    for i in range(5):
+      save_jpeg(tmp_path / name / f'{i}.jpg', 9)
+  (tmp_path / 'a' / 'up').symlink_to(tmp_path)
+  assert sum(len(sources.make(f'folder:{tmp_path}', s)) for s in ('train', 'eval')) == 10
+
+
 @pytest.mark.parametrize(
   'spec, words',
   [

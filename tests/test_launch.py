@@ -49,7 +49,9 @@ def test_tpu_vm_errors():
   assert 'unknown option --nme' in dry('launch/tpu_vm.sh', 'create', '--nme', 'x').stderr
 
 
-@pytest.mark.parametrize('hosts, where', [(1, ''), (2, '--coordinator=b16-hosts-0-0.b16:8476 --processes=2 --process=$JOB_COMPLETION_INDEX')])
+@pytest.mark.parametrize(
+  'hosts, where', [(1, ''), (2, '--coordinator=b16-hosts-0-0.b16:8476 --processes=2 --process=$JOB_COMPLETION_INDEX')]
+)
 def test_kubernetes_gpus(hosts, where):
   out = dry('launch/kubernetes.sh', 'start', '--dry-run', *'--name b16 --image i --gpus 8 --claim c --hosts'.split(), str(hosts), *TRAIN)
   assert out.returncode == 0, out.stderr

@@ -107,3 +107,21 @@ def test_bad_tars(tars, tmp_path, capsys):
   (tmp_path / 'ILSVRC2012_img_train.tar').write_bytes((tars / 'ILSVRC2012_img_val.tar').read_bytes())
   assert 'expected one tar a class, such as n01440764.tar' in error(tmp_path, '--partial')
   assert not list((tmp_path / 'out').rglob('dataset_info.json'))
+
+
+def test_shards_of_other_tars_and_tars_that_stop_early(tars, tmp_path, capsys):
+  assert run(tars, tmp_path / 'out', '--partial') == 0
+  other = tmp_path / 'tars'
+  other.mkdir()
+  for tar in tars.iterdir():
+    (other / tar.name).write_bytes(tar.read_bytes())
+  with tarfile.open(other / 'ILSVRC2012_img_val.tar', 'a') as tar:
+    add(tar, 'ILSVRC2012_val_00000004.JPEG', jpeg(9))
+  assert run(other, tmp_path / 'out', '--partial') == 2 and 'shards of other tars' in capsys.readouterr().err
+  with tarfile.open(other / 'ILSVRC2012_img_val.tar') as tar:
+    end = tar.getmembers()[1].offset  # cut between two images
+  whole = (other / 'ILSVRC2012_img_val.tar').read_bytes()
+  for damaged in (whole[:end], whole[:end] + b'x' * 512 + whole[end + 512 :]):
+    (other / 'ILSVRC2012_img_val.tar').write_bytes(damaged)
+    assert run(other, tmp_path / 'new', '--partial') == 2 and 'without the mark of a whole tar' in capsys.readouterr().err
+  assert not (tmp_path / 'new').exists()  # both tars are read before anything is written

@@ -48,8 +48,11 @@ def stages(source, steps: list, count: int) -> dict[str, float]:
 
   done = []
   for i in range(count):
-    record = timed('read', source.__getitem__, int(order[i % len(order)]))
-    record = record | dict(image=timed('decode', transforms.decode, record['image']))
+    try:
+      record = timed('read', source.__getitem__, int(order[i % len(order)]))
+      record = record | dict(image=timed('decode', transforms.decode, record['image']))
+    except transforms.UNDECODABLE:  # training would step over it
+      continue
     for step in steps:
       record = timed(type(step).__name__, step, record, rng)
     done.append(record['image'])
@@ -97,6 +100,8 @@ def main(_) -> None:
     need = sum(flops.per_image(c).values())
   except ValueError:
     return
+  if need < 1e9:
+    return print('The model of this config is a toy; without :smoke this would say whether the input keeps up with its training.')
   print(
     f'A training step takes {need / 1e9:,.0f} GFLOP an image. At {100 * UTILIZATION:.0f} % of peak (an assumption, not a measurement):\n'
   )

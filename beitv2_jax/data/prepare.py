@@ -11,7 +11,9 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import io
+import json
 import os
+import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -69,9 +71,13 @@ def _members(file, name: str) -> list[tarfile.TarInfo]:
   try:
     with tarfile.open(fileobj=file, mode='r:') as tar:
       members = [m for m in tar.getmembers() if m.isfile()]
+      at = tar.offset
   except tarfile.TarError as e:
     raise UserError(f'{name} is no tar, or cut off: {e}. Download it again.') from e
   end = file.seek(0, 2)
+  file.seek(min(at, end))
+  if any(file.read(512)) or at >= end:  # what follows the last member of a whole tar is a block of zeros
+    raise UserError(f'{name} ends at {at:,} bytes without the mark of a whole tar: it is cut off, or damaged there. Download it again.')
   if members and members[-1].offset_data + members[-1].size > end:
     raise UserError(f'{name} is cut off after {end:,} bytes. Download it again.')
   return members
@@ -173,14 +179,21 @@ def prepare(tars: Path, out: Path, short_side: int = 0, workers: int = 0, partia
     raise UserError(f'--short-side {short_side}: between 64 and 1024 (256 to 320 make sense).')
   name = f'imagenet2012_{short_side}' if short_side else 'imagenet2012'
   folder = out / name / VERSION
-  folder.mkdir(parents=True, exist_ok=True)
   template = f'{name}-{{}}.array_record-{{:05d}}-of-{{:05d}}'
+  indices = {split: build_index(split, tars / tar, wnids, validation_labels) for split, tar in TARS.items()}
+  for split, index in indices.items():
+    if len(index.names) != COUNTS[split] and not partial:
+      raise UserError(
+        f'{TARS[split]} holds {len(index.names):,} images; ImageNet-1k has {COUNTS[split]:,} there. --partial takes it as it is.'
+      )
+  folder.mkdir(parents=True, exist_ok=True)
+  _same_tars(
+    folder / 'tars.json',
+    {split: [len(i.names), int(i.places[:, 1].sum()), (tars / TARS[split]).stat().st_size] for split, i in indices.items()},
+  )
   infos = []
-  for split, tar in TARS.items():
-    index = build_index(split, tars / tar, wnids, validation_labels)
+  for split, index in indices.items():
     count = len(index.names)
-    if count != COUNTS[split] and not partial:
-      raise UserError(f'{tar} holds {count:,} images; ImageNet-1k has {COUNTS[split]:,} there. --partial takes it as it is.')
     shards = max(1, round(int(index.places[:, 1].sum()) / SHARD_BYTES))
     bounds = np.linspace(0, count, shards + 1).astype(int)
     jobs = [(folder / template.format(split, i, shards), range(bounds[i], bounds[i + 1])) for i in range(shards)]
@@ -198,9 +211,12 @@ def prepare(tars: Path, out: Path, short_side: int = 0, workers: int = 0, partia
     progress.close()
     lengths = []
     for target, rows in jobs:
-      reader = array_record_module.ArrayRecordReader(str(target))
-      lengths.append(reader.num_records())
-      reader.close()
+      try:
+        reader = array_record_module.ArrayRecordReader(str(target))
+        lengths.append(reader.num_records())
+        reader.close()
+      except Exception as e:  # the library raises its own types
+        raise UserError(f'{target} is damaged. Remove it and run this again.') from e
       if lengths[-1] != len(rows):
         raise UserError(f'{target} holds {lengths[-1]} records instead of {len(rows)}: it is of another run. Remove it and run this again.')
     size = sum(target.stat().st_size for target, _ in jobs)
@@ -215,6 +231,13 @@ def prepare(tars: Path, out: Path, short_side: int = 0, workers: int = 0, partia
     description='ILSVRC 2012' + f', images reduced to a short side of {short_side} px' * bool(short_side),
   )  # fmt: skip
   return folder
+
+
+def _same_tars(path: Path, now: dict) -> None:
+  """Shards that are there must come from these tars: their counts and sizes are kept beside them."""
+  if path.is_file() and json.loads(path.read_text()) != now:
+    raise UserError(f'{path.parent} holds shards of other tars. Remove it, or choose another --out.')
+  path.write_text(json.dumps(now))
 
 
 def _spawn():
@@ -239,6 +262,13 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--workers', type=int, default=0, help='processes; default one a core')
   parser.add_argument('--partial', action='store_true', help='take tars with another number of images than ImageNet-1k')
   args = parser.parse_args(argv)
+  if args.workers < 0:
+    raise UserError(f'--workers {args.workers}: at least 1, or 0 for one a core.')
+
+  def stop(*_):
+    raise KeyboardInterrupt  # as for Ctrl-C, so that the worker processes end too
+
+  signal.signal(signal.SIGTERM, stop)
   folder = prepare(args.tars.expanduser(), args.out.expanduser(), args.short_side, args.workers, args.partial)
   print(f'wrote {folder}. Use it with --config.data.source=tfds:{folder.parent.name} --config.data.dir={folder.parent.parent}')
 

@@ -74,6 +74,8 @@ class Fake:
   """COUNT smooth images made from their index; the label shifts their colour, so that it can be learned."""
 
   def __init__(self, where: str, split: str, size: int = 48, **_):
+    if where and not (where.isdigit() and int(where)):
+      raise UserError(f'data.source=fake:{where}: expected a number of images, such as fake:256.')
     self.count, self.size = int(where or 256), size
     self.offset = 10**6 * (split == 'eval')
     self.classes = [f'class {i}' for i in range(10)]
@@ -141,11 +143,12 @@ class Folder(Files):
     root = Path(where).expanduser()
     if not root.is_dir():
       raise UserError(f'no folder {root.absolute()}: data.source=folder:PATH needs a folder of images or of class folders.')
-    own = next((root / n for n in SPLITS[split] if (root / n).is_dir()), None)
-    has_train = any((root / n).is_dir() for n in SPLITS['train'])
-    if own is None and has_train:
+    splits = {s: next((root / n for n in SPLITS[s] if (root / n).is_dir()), None) for s in SPLITS}
+    own = splits[split]
+    if own is None and any(splits.values()):
+      only = next(filter(None, splits.values()))
       raise UserError(
-        f'{root} has a train folder but none of {", ".join(SPLITS["eval"])} for evaluation: add one, or point at {root}/train to hold out a share of it.'
+        f'{root} has {only.name} but none of {", ".join(SPLITS[split])} for {split}: add one, or point at {only} to hold out a share of it.'
       )
     base = own or root
     found = image_folders(base)
@@ -158,6 +161,14 @@ class Folder(Files):
     if found[0][0]:
       classes, index = np.unique([folder.partition(os.sep)[0] for folder, _ in found], return_inverse=True)
       classes, labels = classes.tolist(), np.repeat(index, [len(names) for _, names in found])
+      if split == 'eval' and own:
+        known = sorted({d.name for d in splits['train'].iterdir() if d.is_dir()}) if splits['train'] else classes
+        strange = sorted(set(classes) - set(known))
+        if strange:
+          raise UserError(
+            f'{own} has class folders that {splits["train"]} has not: {", ".join(strange[:5])}. Their labels would mean nothing.'
+          )
+        labels, classes = np.searchsorted(known, classes)[labels], known
     super().__init__(base, files, labels, classes, held_out(len(files), split, holdout) if own is None else None)
 
 
@@ -168,7 +179,7 @@ class ListFile(Files):
   """
 
   def __init__(self, where: str, split: str, data_dir: str = '', holdout: float = 0.1, **_):
-    lists = [Path(p).expanduser() for p in where.split(',')]
+    lists = [Path(p.strip()).expanduser() for p in where.split(',')]
     for path in lists:
       if not path.is_file():
         raise UserError(f'no list {path.absolute()}: data.source=list:FILE needs a text file with one image a line.')
@@ -177,6 +188,8 @@ class ListFile(Files):
       {c for _, labels in parsed for c in labels if c is not None}, key=lambda c: (not c.isdigit(), int(c) if c.isdigit() else 0, c)
     )
     if classes and all(c.isdigit() for c in classes):
+      if int(classes[-1]) > 10**6:
+        raise UserError(f'{lists[0]}: a label of {classes[-1]} is no class number; labels count from 0.')
       classes = [str(i) for i in range(int(classes[-1]) + 1)]  # numbers are the labels themselves
     own = len(lists) > 1
     path, (names, labels) = (lists[split == 'eval'], parsed[split == 'eval']) if own else (lists[0], parsed[0])
@@ -194,7 +207,11 @@ class ListFile(Files):
   @staticmethod
   def _read(path: Path) -> tuple[list[str], list[str | None]]:
     names, labels = [], []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+      text = path.read_text('utf-8-sig')
+    except UnicodeDecodeError as e:
+      raise UserError(f'{path} is not UTF-8: save it in that encoding.') from e
+    for number, line in enumerate(text.splitlines(), 1):
       line = line.strip()
       if line.startswith('{'):
         try:
@@ -213,14 +230,20 @@ class ListFile(Files):
 
 def image_folders(root: Path) -> list[tuple[str, list[str]]]:
   """(folder relative to `root`, its images' names, sorted) for `root` and all its sub-folders that hold any, in order."""
-  out, endings = [], tuple(EXTENSIONS)
+  out, endings, seen = [], tuple(EXTENSIONS), set()
 
   def walk(folder: str) -> None:
+    real = os.path.realpath(os.path.join(root, folder))
+    if real in seen:  # a link to where we have been
+      return logging.warning('left out %s: a link to %s, which is taken already', os.path.join(root, folder), real)
+    seen.add(real)
     try:
       names = sorted(os.listdir(os.path.join(root, folder)))
     except OSError as e:
       return logging.warning('left out %s: %s', e.filename, e.strerror)
-    images = [n for n in names if n.lower().endswith(endings)]  # no look at each file: a million of them takes seconds
+    images = [
+      n for n in names if n.lower().endswith(endings) and not n.startswith('._')
+    ]  # no look at each file: a million of them takes seconds
     if images:
       out.append((folder, images))
     for name in names if len(images) < len(names) else ():
@@ -274,8 +297,12 @@ class Parquet:
     if not of['train'] and not of['eval']:
       self.rows = held_out(total, split, holdout)
     if self.labelled and not self.classes:
-      column = parquet.read_table(self.files[0], columns=['label']).column('label')
-      self.classes = [str(i) for i in range(int(max(column.to_pylist())) + 1)]
+      labels = parquet.read_table(self.files[0], columns=['label']).column('label').to_pylist()
+      if not all(isinstance(x, int) and x >= 0 for x in labels):
+        raise UserError(
+          f'{self.files[0]}: labels must be class numbers from 0 on; here they are such as {next(x for x in labels if not isinstance(x, int) or x < 0)!r}.'
+        )
+      self.classes = [str(i) for i in range(max(labels) + 1)]
     self._open = threading.local()
 
   def __getstate__(self):

@@ -8,7 +8,7 @@ sums in fp32, whatever x's type, as XLA's default precision does there.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
   mesh = jax.sharding.get_abstract_mesh()
   split = 1 if mesh.empty or qkv.shape[2] % mesh.shape['model'] else mesh.shape['model']
   tpu = not mesh.empty and mesh.abstract_device.platform == 'tpu'
+  cores = (mesh.abstract_device.num_cores or 1) if tpu else 2
   possible = fits(x.shape[1], qkv.shape[2] // split, qkv.shape[3])
   if how == 'xla' or (how == 'auto' and not (tpu and possible and default_precision() and not _refused)):
     return plain(x, qkv, q_bias, v_bias, bias)
@@ -46,7 +47,7 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
     y = jnp.dot(x, qkv.reshape(width, -1))
     qkv_bias = jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias]).reshape(1, -1).astype(jnp.float32)
     bias = None if bias is None else bias.swapaxes(1, 2)
-    return fused(y, qkv_bias, bias, heads, jnp.bfloat16 if tpu else x.dtype, not tpu)
+    return fused(y, qkv_bias, bias, Static(heads, jnp.bfloat16 if tpu else x.dtype, not tpu, cores))
 
   if mesh.empty:
     return local(x, qkv, q_bias, v_bias, bias)
@@ -97,7 +98,8 @@ def check() -> str:
     return y, *back(dy)
 
   try:
-    ours, theirs = jax.jit(lambda: (both(lambda *a: fused(*a, heads, jnp.bfloat16, False)), both(reference)))()
+    static = Static(heads, jnp.bfloat16, False, 1)
+    ours, theirs = jax.jit(lambda: (both(lambda *a: fused(*a, static)), both(reference)))()
     worst = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(ours, theirs))
     _refused = '' if worst < 0.03 else f'it is off by {worst:.1%}'
   except Exception as e:  # whatever the compiler says
@@ -115,43 +117,46 @@ def _only_head(x, h, head_dim):
   return jnp.where((lane >= h * head_dim) & (lane < (h + 1) * head_dim), x, jnp.zeros_like(x))
 
 
-def _qkv(qkv_ref, qkv_bias_ref, group, width, products):
-  """q, k, v [T, 128] of a group of heads, with their biases, as type `products`."""
+def _qkv(qkv_ref, qkv_bias_ref, group, width, head_dim, products):
+  """q (scaled), k, v [T, 128] of a group of heads, with their biases, as type `products`."""
   at = [slice(s * width + group * LANES, s * width + (group + 1) * LANES) for s in range(3)]
-  return [(qkv_ref[0, :, a].astype(jnp.float32) + qkv_bias_ref[:, a]).astype(products) for a in at]
+  q, k, v = (qkv_ref[0, :, a].astype(jnp.float32) + qkv_bias_ref[:, a] for a in at)
+  return [x.astype(products) for x in (q * head_dim**-0.5, k, v)]
 
 
-def _weights(q, k, bias_ref, h, head_dim):
-  """Softmax over keys, [keys, queries] fp32, of one head (q is zero in the lanes of the others)."""
-  logits = _dot(k, q, 1, 1) * head_dim**-0.5
-  if bias_ref is not None:
-    logits += bias_ref[h]
-  p = jnp.exp(logits - logits.max(0, keepdims=True))
-  return p * (1 / p.sum(0, keepdims=True))
+def _logits(q, k, bias_ref, h):
+  """[keys, queries] fp32 of one head (q is zero in the lanes of the others)."""
+  logits = _dot(k, q, 1, 1)
+  return logits if bias_ref is None else logits + bias_ref[h]
 
 
 def _forward(qkv_ref, qkv_bias_ref, *refs, heads, products):
-  *bias_ref, y_ref = refs
+  *bias_ref, y_ref, lse_ref = refs
   width = y_ref.shape[-1]
   head_dim = width // heads
   per = LANES // head_dim
   for group in range(heads // per):
-    q, k, v = _qkv(qkv_ref, qkv_bias_ref, group, width, products)
+    q, k, v = _qkv(qkv_ref, qkv_bias_ref, group, width, head_dim, products)
     vt = v.T
     out = []
-    for h in range(per):
-      p = _weights(_only_head(q, h, head_dim), k, bias_ref[0] if bias_ref else None, group * per + h, head_dim)
-      out.append(_dot(vt[h * head_dim : (h + 1) * head_dim], p.astype(v.dtype), 1, 0))
+    all_logits = [_logits(_only_head(q, h, head_dim), k, bias_ref[0] if bias_ref else None, group * per + h) for h in range(per)]
+    for h, logits in enumerate(all_logits):
+      head = group * per + h
+      largest = logits.max(0, keepdims=True)
+      p = jnp.exp(logits - largest)
+      total = p.sum(0, keepdims=True)
+      lse_ref[0, head : head + 1] = largest + jnp.log(total)
+      out.append(_dot(vt[h * head_dim : (h + 1) * head_dim], p.astype(products), 1, 0) * (1 / total))
     y_ref[0, :, group * LANES : (group + 1) * LANES] = jnp.concatenate(out).T.astype(y_ref.dtype)
 
 
 def _backward(qkv_ref, qkv_bias_ref, *refs, heads, products):
   # The sums over the batch stay in memory from one image to the next: their blocks do not depend on the inner grid axis.
-  if len(refs) == 3:
-    (dy_ref, dqkv_ref, dqkv_bias_ref), bias_ref, sums = refs, None, refs[2:]
+  if len(refs) == 4:
+    (dy_ref, lse_ref, dqkv_ref, dqkv_bias_ref), bias_ref, sums = refs, None, refs[3:]
   else:
-    bias_ref, dy_ref, dqkv_ref, dqkv_bias_ref, dbias_ref = refs
-    sums = refs[3:]
+    bias_ref, dy_ref, lse_ref, dqkv_ref, dqkv_bias_ref, dbias_ref = refs
+    sums = refs[4:]
   width = dy_ref.shape[-1]
   head_dim = width // heads
   per, scale = LANES // head_dim, head_dim**-0.5
@@ -162,65 +167,85 @@ def _backward(qkv_ref, qkv_bias_ref, *refs, heads, products):
       ref[...] = jnp.zeros_like(ref)
 
   for group in range(heads // per):
-    q, k, v = _qkv(qkv_ref, qkv_bias_ref, group, width, products)
-    dy = dy_ref[0, :, group * LANES : (group + 1) * LANES].astype(q.dtype)
-    kt, dq, dk, dv = k.T, [], 0, 0
+    q, k, v = _qkv(qkv_ref, qkv_bias_ref, group, width, head_dim, products)
+    dy = dy_ref[0, :, group * LANES : (group + 1) * LANES].astype(products)
+    qt, kt, dyt, transposed = q.T, k.T, dy.T, []
+    # All products into [T, T] first: the compiler then fills one head's waiting with the other's work.
+    logits = [_logits(_only_head(q, h, head_dim), k, bias_ref, group * per + h) for h in range(per)]
+    dps = [_dot(v, _only_head(dy, h, head_dim), 1, 1) for h in range(per)]
     for h in range(per):
-      qh, dyh = _only_head(q, h, head_dim), _only_head(dy, h, head_dim)
-      p = _weights(qh, k, bias_ref, group * per + h, head_dim)
-      dp = _dot(v, dyh, 1, 1)
-      ds = p * (dp - (p * dp).sum(0, keepdims=True))
+      head, rows = group * per + h, slice(h * head_dim, (h + 1) * head_dim)
+      p = jnp.exp(logits[h] - lse_ref[0, head : head + 1])
+      ds = p * (dps[h] - (p * dps[h]).sum(0, keepdims=True))
       if bias_ref is not None:
-        dbias_ref[0, group * per + h] += ds
-      ds = ds.astype(q.dtype)
-      dq.append(_dot(kt[h * head_dim : (h + 1) * head_dim], ds, 1, 0))
-      dk += _dot(ds, qh, 1, 0)
-      dv += _dot(p.astype(q.dtype), dyh, 1, 0)
-    for s, d in enumerate((jnp.concatenate(dq).T * scale, dk * scale, dv)):
+        dbias_ref[0, head] += ds
+      ds, p = ds.astype(products), p.astype(products)
+      # Products whose left side has only the head's 64 rows: half of the work of [T, T] x [T, 128].
+      transposed.append((_dot(kt[rows], ds, 1, 0) * scale, _dot(qt[rows], ds, 1, 1), _dot(dyt[rows], p, 1, 1)))
+    for s, parts in enumerate(zip(*transposed)):
+      d = jnp.concatenate(parts).T
       at = slice(s * width + group * LANES, s * width + (group + 1) * LANES)
       dqkv_ref[0, :, at] = d.astype(dqkv_ref.dtype)
       if s != 1:
         dqkv_bias_ref[0, :, at] += d.sum(0, keepdims=True)
 
 
-def _call(kernel, name, qkv, qkv_bias, bias, heads, products, interpret, more=(), sums=()):
-  """One image a turn, in two halves that a chip with two cores shares. `more` are inputs and `sums` outputs of the backward."""
-  batch, tokens, width = qkv.shape
-  halves = 2 if batch % 2 == 0 else 1
-  image = lambda x: pl.BlockSpec((1, tokens, x.shape[-1]), lambda p, i: (p * (batch // halves) + i, 0, 0))
+def _call(kernel, name, inputs, static, out, sums=()):
+  """One image a turn; the cores of a device share the images.
+
+  `inputs` are qkv, its bias, the position bias or None, and what else the backward takes, [B, ...]. `out` are shapes and types of
+  arrays [B, ...] to fill; `sums` are shapes of fp32 sums over the batch, of which each core fills its own.
+  """
+  qkv, qkv_bias, bias, *more = inputs
+  batch = len(qkv)
+  cores = static.cores if batch % static.cores == 0 else 1
+  image = lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda p, i: (p * (batch // cores) + i, *(0,) * (len(x.shape) - 1)))
   whole = lambda x: pl.BlockSpec(x.shape, lambda p, i: (0,) * x.ndim)
-  half = lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda p, i: (p, *(0,) * (x.ndim - 1)))
+  own = lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda p, i: (p, *(0,) * (len(x.shape) - 1)))
   biases = [qkv_bias] if bias is None else [qkv_bias, bias]
-  out = [jax.ShapeDtypeStruct((batch, tokens, width if sums else width // 3), qkv.dtype)]
-  out += [jax.ShapeDtypeStruct((halves, *shape), jnp.float32) for shape in sums]
+  out = [jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in out]
+  sums = [jax.ShapeDtypeStruct((cores, *shape), jnp.float32) for shape in sums]
   result = pl.pallas_call(
-    functools.partial(kernel, heads=heads, products=products),
+    functools.partial(kernel, heads=static.heads, products=static.products),
     name=name,
-    grid=(halves, batch // halves),
+    grid=(cores, batch // cores),
     in_specs=[image(qkv), *map(whole, biases), *map(image, more)],
-    out_shape=out,
-    out_specs=[image(out[0]), *map(half, out[1:])],
+    out_shape=out + sums,
+    out_specs=[*map(image, out), *map(own, sums)],
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=VMEM),
     metadata=dict(turns=str(batch)),  # aot.py multiplies the compiler's schedule by it
-    interpret=interpret,
+    interpret=static.interpret,
   )(qkv, *biases, *more)
-  return result[0], [x.sum(0) for x in result[1:]]
+  return [*result[: len(out)], *(x.sum(0) for x in result[len(out) :])]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def fused(qkv: jax.Array, qkv_bias: jax.Array, bias: jax.Array | None, heads: int, products: Any, interpret: bool) -> jax.Array:
+class Static(NamedTuple):
+  """What a kernel is compiled for: heads, type of the products, whether it is interpreted, cores that share the work."""
+
+  heads: int
+  products: Any
+  interpret: bool
+  cores: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def fused(qkv: jax.Array, qkv_bias: jax.Array, bias: jax.Array | None, static: Static) -> jax.Array:
   """The kernel: qkv [B, T, 3*H*E] before its bias [1, 3*H*E] (fp32), bias [H, keys, queries] fp32 or None → [B, T, H*E]."""
-  return _call(_forward, 'attention_forward', qkv, qkv_bias, bias, heads, products, interpret)[0]
+  return _fused_forward(qkv, qkv_bias, bias, static)[0]
 
 
-def _fused_forward(qkv, qkv_bias, bias, *static):
-  return fused(qkv, qkv_bias, bias, *static), (qkv, qkv_bias, bias)
+def _fused_forward(qkv, qkv_bias, bias, static):
+  _, tokens, width = qkv.shape
+  out = [((tokens, width // 3), qkv.dtype), ((static.heads, tokens), jnp.float32)]
+  y, lse = _call(_forward, 'attention_forward', (qkv, qkv_bias, bias), static, out)
+  return y, (qkv, qkv_bias, bias, lse)
 
 
-def _fused_backward(heads, products, interpret, saved, dy):
-  qkv, qkv_bias, bias = saved
+def _fused_backward(static, saved, dy):
+  qkv, qkv_bias, bias, lse = saved
   sums = [qkv_bias.shape, *([] if bias is None else [bias.shape])]
-  dqkv, (dqkv_bias, *dbias) = _call(_backward, 'attention_backward', *saved, heads, products, interpret, [dy], sums)
+  inputs = (qkv, qkv_bias, bias, dy, lse)
+  dqkv, dqkv_bias, *dbias = _call(_backward, 'attention_backward', inputs, static, [(qkv.shape[1:], qkv.dtype)], sums)
   return dqkv, dqkv_bias, dbias[0] if dbias else None
 
 

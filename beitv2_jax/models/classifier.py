@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from beitv2_jax.models.layers import Execution, Init, Linear, layer_norm
+from beitv2_jax.models.layers import Execution, Init, LayerNorm, Linear
 from beitv2_jax.models.vit import ViT
 
 
@@ -37,9 +37,9 @@ class Classifier(nn.Module):
       self.layer_scale, self.drop_path, execution=self.execution, dtype=self.dtype,
     )  # fmt: skip
     if self.mean_pooling:
-      self.fc_norm = layer_norm(None, self.dtype)
+      self.fc_norm = LayerNorm(self.dtype)
     else:
-      self.norm = layer_norm(None, self.dtype)
+      self.norm = LayerNorm(self.dtype)
     self.head = Linear(self.classes, Init(), ('embed', 'vocab'), self.head_scale, self.dtype)
 
   def tokens(self, images, taps=(), train: bool = False):

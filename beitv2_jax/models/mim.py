@@ -6,13 +6,52 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from beitv2_jax.models.layers import Block, Execution, Init, Linear, apply_blocks, layer_norm
+from beitv2_jax.models.layers import Block, Execution, Init, LayerNorm, Linear, apply_blocks, sum_rows
 from beitv2_jax.models.vit import ViT, drop_path_rates
 
 
 def mask_from_index(index: jax.Array, patches: int) -> jax.Array:
   """Indices of masked patches [B, M] → bool [B, N]."""
   return (index[:, :, None] == jnp.arange(patches)).any(1)
+
+
+@jax.custom_vjp
+def code_loss(products: jax.Array, bias: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(cross-entropy, whether the first best code is the right one), fp32, of logits = products + bias.
+
+  products [..., K] (features times the head's matrix), bias [K], labels [...] int. Logits are never written out in fp32, and the
+  backward pass makes its slopes inside the products that use them.
+  """
+  return _code_loss_forward(products, bias, labels)[0]
+
+
+def _code_loss_forward(products, bias, labels):
+  z = products.astype(jnp.float32) + bias
+  code = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+  largest = z.max(-1, keepdims=True)
+  right = code == labels[..., None]
+  before = (z == largest) & (code < labels[..., None])  # as good, and found first
+  terms = jnp.exp(z - largest), jnp.where(right, z, 0), before.astype(jnp.float32)
+  # One reduction of three: one pass.
+  total, right, before = jax.lax.reduce(terms, (0.0,) * 3, lambda a, b: tuple(x + y for x, y in zip(a, b)), (z.ndim - 1,))
+  lse = largest[..., 0] + jnp.log(total)
+  hit = (right == largest[..., 0]) & (before == 0)
+  return (lse - right, hit.astype(jnp.float32)), (products, bias, labels, lse)
+
+
+def _code_loss_backward(saved, cotangents):
+  products, bias, labels, lse = saved
+
+  def slopes(products):
+    code = jax.lax.broadcasted_iota(jnp.int32, products.shape, products.ndim - 1)
+    p = jnp.exp(products.astype(jnp.float32) + bias - lse[..., None]) - (code == labels[..., None])
+    return (p * cotangents[0][..., None]).astype(products.dtype)
+
+  again = slopes(jax.lax.optimization_barrier(products))  # or the compiler would write them out to use them three times
+  return slopes(products), sum_rows(again), None
+
+
+code_loss.defvjp(_code_loss_forward, _code_loss_backward)
 
 
 class MIM(nn.Module):
@@ -49,10 +88,10 @@ class MIM(nn.Module):
     )  # fmt: skip
     # The rescale of the output matrices follows the block's place, and is applied whatever the init was.
     self.aggregation = [self._block(k) for k in range(self.head_layers)]
-    self.norm = layer_norm(None, self.dtype)
+    self.norm = LayerNorm(self.dtype)
     self.lm_head = Linear(self.vocab, init, ('embed', 'vocab'), dtype=self.dtype)
     if self.head_layers and not self.shared_head:
-      self.aggregation_norm = layer_norm(None, self.dtype)
+      self.aggregation_norm = LayerNorm(self.dtype)
       self.aggregation_lm_head = Linear(self.vocab, init, ('embed', 'vocab'), dtype=self.dtype)
 
   def _block(self, k, **kwargs):
@@ -78,7 +117,7 @@ class MIM(nn.Module):
         x = block(x, bias)
       branches.append(x)
     elif self.head_layers:
-      y = jnp.concatenate([x[:, :1], states[self.early_layer][:, 1:]], 1)
+      y = jnp.where(jnp.arange(x.shape[1])[:, None] == 0, x, states[self.early_layer])
       rates = drop_path_rates(self.drop_path, max(self.depth, self.early_layer + self.head_layers))
       rates = rates[self.early_layer : self.early_layer + self.head_layers]
       key = self.make_rng('drop_path') if train and any(rates) else None
@@ -86,22 +125,37 @@ class MIM(nn.Module):
       branches.append(apply_blocks(self._block(0, parent=None), params, y, bias, rates, key, self.execution))
     return branches[0], {k: states[k] for k in taps if k in states}, branches
 
-  def __call__(self, images, mask=None, index=None, train: bool = False):
-    """Normalised images [B, h, w, 3] → one array of logits a branch.
+  def __call__(self, images, mask=None, index=None, labels=None, train: bool = False):
+    """Normalised images [B, h, w, 3] → logits, one array a branch: [branches, B, M, K]; or their loss.
 
     Args:
       mask: [B, N] bool, patches to hide. Derived from `index` when only that is given.
-      index: [B, M] int, patches to score; logits are [B, M, K]. Without it every patch is scored: [B, N, K].
+      index: [B, M] int, patches to score. Without it every patch is scored, and M is N.
+      labels: [B, M] int, the codes there. With them, `code_loss` is what is returned: two arrays [branches, B, M].
     """
     if mask is None and index is not None:
       mask = mask_from_index(index, self.grid[0] * self.grid[1])
-    norms, heads = [self.norm] * 2, [self.lm_head] * 2
+    branches = self.tokens(images, mask, train=train)[2]
+    if index is None:
+      branches = [y[:, 1:] for y in branches]
+    else:
+      chosen = jax.nn.one_hot(index + 1, branches[0].shape[1], dtype=self.dtype)
+      branches = [pick(chosen, y) for y in branches]
     if self.head_layers and not self.shared_head:
-      norms[1], heads[1] = self.aggregation_norm, self.aggregation_lm_head
-    logits = []
-    for y, norm, head in zip(self.tokens(images, mask, train=train)[2], norms, heads):
-      y = y[:, 1:]
-      if index is not None:
-        y = jnp.take_along_axis(y, index[:, :, None], 1)
-      logits.append(head(norm(y)))
-    return logits
+      return jax.tree.map(
+        lambda *x: jnp.stack(x),
+        self._score(self.lm_head, self.norm(branches[0]), labels),
+        self._score(self.aggregation_lm_head, self.aggregation_norm(branches[1]), labels),
+      )
+    return self._score(self.lm_head, self.norm(jnp.stack(branches)), labels)  # one product for both
+
+  def _score(self, head, x, labels):
+    if labels is None:
+      return head(x)
+    products, bias = head(x, apart=True)
+    return code_loss(products, bias, jnp.broadcast_to(labels, products.shape[:-1]))
+
+
+def pick(chosen: jax.Array, x: jax.Array) -> jax.Array:
+  """Rows of x [B, T, D] by a 0/1 matrix [B, M, T]: exact, and faster on accelerators than to gather and, backward, to scatter."""
+  return jnp.einsum('bmt,btd->bmd', chosen, x, precision='highest' if x.dtype == jnp.float32 else None)

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from beitv2_jax.models.layers import Execution, Init, Linear, layer_norm
+from beitv2_jax.models.layers import Execution, Init, LayerNorm, Linear
 from beitv2_jax.models.quantizer import Quantizer, l2norm
 from beitv2_jax.models.vit import ViT
 
@@ -34,7 +34,7 @@ class PatchEncoder(nn.Module):
   @nn.compact
   def __call__(self, x, train: bool = False):
     tokens, _, _ = self.vit(x, train=train)
-    return layer_norm('norm', self.vit.dtype)(tokens[:, 1:])
+    return LayerNorm(self.vit.dtype, name='norm')(tokens[:, 1:])
 
 
 class VQKD(nn.Module):

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data import augment
@@ -63,11 +62,8 @@ class PretrainTask(Task):
     codes = batch['codes'] if 'codes' in batch else self.tokenizer.apply(frozen, tokenizer.vqkd_images(images), method='tokens')
     labels = jnp.take_along_axis(codes, batch['mask_index'], 1)
     images = normalize(tokenizer.unit_images(images), IMAGENET_MEAN, IMAGENET_STD)
-    branches = self.model.apply({'params': params}, images, index=batch['mask_index'], **kwargs)
-    branches = [x.astype(jnp.float32) for x in branches]
-    losses = [optax.softmax_cross_entropy_with_integer_labels(x, labels) for x in branches]
-    hits = [(x.argmax(-1) == labels).astype(jnp.float32) for x in branches]
-    names = [str(i + 1) for i in range(len(branches))]
+    losses, hits = self.model.apply({'params': params}, images, index=batch['mask_index'], labels=labels, **kwargs)
+    names = [str(i + 1) for i in range(len(losses))]
     return {f'loss_{n}': x for n, x in zip(names, losses)}, {f'mim_acc_{n}': 100 * x for n, x in zip(names, hits)}
 
   def loss(self, params, model_state, frozen, batch, key):

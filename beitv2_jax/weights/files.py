@@ -35,6 +35,8 @@ def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) ->
   last = offset + sum((n - 1) * s for n, s in zip(size, stride)) if all(size) else 0
   if last >= max(storage.size, 1):
     raise ValueError('a tensor reaches past the end of its data')
+  if 0 in [s for n, s in zip(size, stride) if n > 1]:
+    raise ValueError('a tensor repeats its data')
   part = storage[offset:]
   return np.lib.stride_tricks.as_strided(part, size, [s * part.itemsize for s in stride], writeable=False).copy()
 
@@ -63,7 +65,8 @@ class _Unpickler(pickle.Unpickler):
     if module == 'torch' and name in _DTYPES:
       return name
     raise UserError(
-      f'refused: the file wants to run {module}.{name}. A checkpoint needs no such thing; take one of another origin, or save its state dict alone.'
+      f'refused: opening the file would run {module}.{name}, which this reader does not. If you trust where it comes from, open it with torch and save its '
+      'state dict alone (torch.save or safetensors).'
     )
 
   def persistent_load(self, pid: tuple) -> np.ndarray:
@@ -84,7 +87,8 @@ def read_pth(path: Path) -> Any:
     raise
   except zipfile.BadZipFile as e:
     raise UserError(
-      f'{path} is cut off, or not a PyTorch checkpoint of version 1.6 or newer ({path.stat().st_size:,} bytes). Download it again.'
+      f'{path} is cut off, or not a PyTorch checkpoint of version 1.6 or newer ({path.stat().st_size:,} bytes). Download it again; a file in the older '
+      'format has to be saved anew with torch, and a safetensors file needs that ending.'
     ) from e
   except Exception as e:  # a damaged pickle can fail in any way
     raise UserError(f'{path} is damaged: {type(e).__name__}: {e}. Download it again.') from e
@@ -93,9 +97,11 @@ def read_pth(path: Path) -> Any:
 def read_state(path: str | Path) -> dict[str, np.ndarray]:
   """{key: array} of a checkpoint: a .safetensors file, or the state dict inside a .pth (under model, module, state_dict or at the root)."""
   path = Path(path).expanduser()
+  if path.is_dir() and (path / 'model.safetensors').is_file():
+    path = path / 'model.safetensors'  # a directory as transformers writes it
   if not path.is_file():
     raise UserError(f'no file {path}.')
-  if path.suffix == '.safetensors':
+  if path.suffix.lower() == '.safetensors':
     from safetensors import SafetensorError
     from safetensors import numpy as safetensors
 
@@ -104,9 +110,11 @@ def read_state(path: str | Path) -> dict[str, np.ndarray]:
     except SafetensorError as e:
       raise UserError(f'{path} is not a whole safetensors file: {e}. Download it again.') from e
   state = read_pth(path)
-  if isinstance(state, dict):
+  if not isinstance(state, dict):
+    raise UserError(f'{path} holds a {type(state).__name__} where a dict of tensors was expected.')
+  else:
     state = next((state[k] for k in ('model', 'module', 'state_dict') if isinstance(state.get(k), dict)), state)
-    state = {k: v for k, v in state.items() if isinstance(v, np.ndarray)}
+    state = {k.removeprefix('module.'): v for k, v in state.items() if isinstance(v, np.ndarray)}  # data-parallel wrappers add that
   if not state:
     raise UserError(f'{path} holds no tensors under model, module, state_dict or its root.')
   return state

@@ -71,7 +71,14 @@ def to_official(kind: str, state: State) -> State:
     elif not found:
       name = next((new for rename in rules if (new := rename(key))), key)
       out[f'backbone.{name}' if re.match(r'fpn[12]\.', name) else name] = value
-  return out
+  return _without_spare(out) if kind == 'segmenter' else out
+
+
+def _without_spare(state: State) -> State:
+  """Without the last block of zeros that `convert` adds to a segmenter."""
+  last = max((int(m[1]) for k in state if (m := re.match(r'backbone\.blocks\.(\d+)\.', k))), default=0)
+  block = [k for k in state if k.startswith(f'backbone.blocks.{last}.')]
+  return state if any(np.any(state[k]) for k in block) else {k: v for k, v in state.items() if k not in block}
 
 
 def from_official(kind: str, state: State) -> State:
@@ -103,6 +110,8 @@ def convert(kind: str, c: Any, state: State, grid: tuple[int, int]) -> tuple[Sta
   if grid[0] != grid[1]:
     raise UserError(f"transformers' Beit needs a square grid; this one is {grid[0]}x{grid[1]}.")
   m, out = c.model, from_official(kind, state)
+  abs_pos = m.get('abs_pos', False)
+  rel_pos = m.get('rel_pos', 'shared' if kind == 'pretrain' else 'per_block')  # a recipe leaves out what its model has by default
   classes = m.get('classes', 2)
   config = dict(
     architectures=[ARCHITECTURES[kind]],
@@ -119,9 +128,9 @@ def convert(kind: str, c: Any, state: State, grid: tuple[int, int]) -> tuple[Sta
     image_size=grid[0] * m.patch_size,
     patch_size=m.patch_size,
     use_mask_token=kind == 'pretrain',
-    use_absolute_position_embeddings=m.abs_pos,
-    use_relative_position_bias=m.rel_pos == 'per_block',
-    use_shared_relative_position_bias=m.rel_pos == 'shared',
+    use_absolute_position_embeddings=abs_pos,
+    use_relative_position_bias=rel_pos == 'per_block',
+    use_shared_relative_position_bias=rel_pos == 'shared',
     layer_scale_init_value=m.layer_scale,
     drop_path_rate=0.0,
     use_mean_pooling=m.get('mean_pooling', True),

@@ -45,6 +45,8 @@ def vit(state: State, prefix: str, kind: str, heads: int | None) -> dict[str, An
   width = patch.shape[0]
   tables = [k for k in state if k.startswith(prefix) and k.endswith('relative_position_bias_table')]
   columns = state[tables[0]].shape[1] if tables else None
+  if heads is not None and heads < 1:
+    raise UserError(f'--num-heads {heads}: at least 1.')
   if heads and columns and heads != columns:
     raise UserError(f'--num-heads {heads}, but the bias table has {columns} columns.')
   heads = columns or heads or width // 64
@@ -91,7 +93,9 @@ def config_of(
     )  # fmt: skip
   elif kind == 'pretrain':
     layers = depth(state, 'cls_pt_layers.')
-    early = early or max(v['depth'] - 3, 1)  # 9 of 12 and 21 of 24 in the official models
+    early = max(v['depth'] - 3, 1) if early is None else early  # 9 of 12 and 21 of 24 in the official models
+    if not 0 < early < max(v['depth'], 2):
+      raise UserError(f'--early-layer {early}: a block before the last of {v["depth"]}, counted from 1.')
     vocab = state['lm_head.weight'].shape[0] if 'lm_head.weight' in state else 0
     c.model = config_lib.ConfigDict(
       v | dict(early_layer=early, head_layers=layers, shared_head='cls_pt_norm.weight' not in state, vocab=vocab)
