@@ -3,8 +3,8 @@
 __version__ = '0.1.0'
 
 
-def load(directory):
+def load(directory, ema=False):
   """Opens anything trained here: see beitv2_jax.api.load."""
   from beitv2_jax import api  # jax is imported only when it is needed
 
-  return api.load(directory)
+  return api.load(directory, ema)

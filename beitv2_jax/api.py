@@ -10,28 +10,13 @@ import numpy as np
 from beitv2_jax import checkpoint, sharding
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
-from beitv2_jax.models.classifier import Classifier
-from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
-from beitv2_jax.models.upernet import Segmenter
-from beitv2_jax.tasks import pretrain, tokenizer
-
-
-def build_classifier(c: Any) -> Classifier:
-  return Classifier(
-    grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), execution=Execution(**config_lib.layers(c))
-  )
-
-
-def build_segmenter(c: Any) -> Segmenter:
-  m = c.model.to_dict()
-  m |= {k: tuple(m[k]) for k in ('out_indices', 'pool_scales')}  # JSON made them lists
-  return Segmenter(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **m, execution=Execution(**config_lib.layers(c)))
+from beitv2_jax.tasks import classify, pretrain, segment, tokenizer
 
 
 def build(c: Any) -> Any:
   """The Flax module of a config. Raises UserError for stages that leave no such model."""
-  builders = dict(tokenizer=tokenizer.build, pretrain=pretrain.build, classifier=build_classifier, segmenter=build_segmenter)
+  builders = dict(tokenizer=tokenizer.build, pretrain=pretrain.build, classifier=classify.build, segmenter=segment.build)
   if c.task not in builders:
     raise UserError(f'a {c.task} stage has no model to load here; use the workdir of one of {", ".join(builders)}.')
   return builders[c.task](c)
@@ -72,6 +57,10 @@ class Model:
   def features(self, images, normalize: bool = True, layers: bool = False) -> dict[str, Any]:
     """{'cls' [B, D], 'patches' [B, N, D]} of the last block, raw; `layers=True` adds 'layers': the same of each block."""
     return self._call('states' if layers else 'last', self._input(images, normalize))
+
+  def pooled_layers(self, images, normalize: bool = True) -> jax.Array:
+    """[CLS] and the mean of the patches after every block, [B, blocks, 2, D]: what frozen features are probed on."""
+    return self._call('pooled', self._input(images, normalize))
 
   def logits(self, images, normalize: bool = True) -> jax.Array:
     """Class scores: [B, classes] of a classifier, [B, 4Gh, 4Gw, classes] of a segmenter (a quarter of the image at 16 px patches)."""
@@ -138,6 +127,9 @@ class Model:
       last, layers = states(variables, x, tuple(range(1, depth + 1)))
       return last | dict(layers=layers)
 
+    def pooled(variables, x):
+      return jnp.stack([jnp.stack([y['cls'], y['patches'].mean(1)], 1) for y in with_layers(variables, x)['layers']], 1)
+
     calls = dict(
       tokens=lambda v, x: module.apply(v, x, method='tokens'),
       features=lambda v, x: module.apply(v, x)['features'],
@@ -145,6 +137,7 @@ class Model:
       scores=lambda v, x: module.apply(v, x)[0] if self.kind == 'segmenter' else module.apply(v, x),
       last=last,
       states=with_layers,
+      pooled=pooled,
     )
     return jax.jit(calls[what])
 
@@ -153,9 +146,14 @@ def _split(tokens: jax.Array) -> dict[str, jax.Array]:
   return dict(cls=tokens[:, 0], patches=tokens[:, 1:])
 
 
-def load(directory: str | Path) -> Model:
-  """Opens a workdir (its newest complete checkpoint). Raises UserError if it is none."""
+def load(directory: str | Path, ema: bool = False) -> Model:
+  """Opens a workdir (its newest complete checkpoint); with `ema` the running average of its weights. Raises UserError if there is none."""
   config, variables, _ = checkpoint.load_variables(directory, 'a workdir, or a directory made by beitv2_jax.convert')
+  average = variables.pop('ema', None)
+  if ema:
+    if average is None:
+      raise UserError(f'{directory} was trained without ema_decay: there is no average of its weights.')
+    variables['params'] = average
   config.dtype = 'float32'
   return Model(config, variables)
 

@@ -44,6 +44,7 @@ def base(task: str) -> ConfigDict:
   )
   c.optim = ConfigDict(
     dict(
+      schedule='cosine',  # or 'linear', to 0
       lr=1.5e-3,
       min_lr=1e-5,
       warmup_epochs=10.0,
@@ -165,6 +166,8 @@ def check(c: ConfigDict) -> None:
     raise UserError(f"layers.attention={c.layers.attention!r}; use 'auto', 'xla' or 'pallas'.")
   if c.data.resize not in ('fast', 'pillow'):
     raise UserError(f"data.resize={c.data.resize!r}; use 'fast' or 'pillow'.")
+  if c.optim.schedule not in ('cosine', 'linear'):
+    raise UserError(f"optim.schedule={c.optim.schedule!r}; use 'cosine' or 'linear'.")
   if c.optim.first_moment not in ('bfloat16', 'float32'):
     raise UserError(f"optim.first_moment={c.optim.first_moment!r}; use 'bfloat16' or 'float32'.")
   if c.dtype not in ('bfloat16', 'float32'):

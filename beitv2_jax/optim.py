@@ -25,6 +25,17 @@ def cosine_schedule(lr: float, min_lr: float, warmup: int, steps: int) -> Callab
   return schedule
 
 
+def linear_schedule(lr: float, warmup: int, steps: int) -> Callable[[Any], jax.Array]:
+  """mmsegmentation's 'poly' of power 1: down to 0 at the last step, times 1 - (1 - t/warmup)(1 - 1e-6) in the first `warmup` steps."""
+
+  def schedule(step):
+    t = jnp.asarray(step, jnp.float32)
+    rising = 1 - (1 - t / max(warmup, 1)) * (1 - 1e-6)
+    return lr * (1 - t / max(steps, 1)) * jnp.where(t < warmup, rising, 1.0)
+
+  return schedule
+
+
 def decay_mask(params: Any, no_decay: Sequence[str]) -> Any:
   """True where weight decay applies: not for vectors, biases and paths that match a pattern of `no_decay`."""
   patterns = [re.compile(p) for p in no_decay]
@@ -89,7 +100,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, first_moment: Any = jnp.floa
 
 def make(c: Any, steps: int, warmup: int) -> tuple[optax.GradientTransformation, Callable]:
   """AdamW with decoupled decay: p ← p - lr·scale·(m̂/(√v̂+eps) + wd·p). Returns it and the schedule, for logging."""
-  schedule = cosine_schedule(c.lr, c.min_lr, warmup, steps)
+  schedule = linear_schedule(c.lr, warmup, steps) if c.schedule == 'linear' else cosine_schedule(c.lr, c.min_lr, warmup, steps)
   by_layer = optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, layer_scales(params, c.layer_decay)))
   tx = optax.chain(
     clip_by_global_norm(c.clip_norm) if c.clip_norm > 0 else optax.identity(),

@@ -33,9 +33,9 @@ def find_images(paths: list[str]) -> list[Path]:
   return out
 
 
-def prepared(paths: list[Path], size: int, batch: int) -> Iterator[tuple[list[Path], np.ndarray]]:
+def prepared(paths: list[Path], size: int, batch: int, crop_pct: float = 0.875) -> Iterator[tuple[list[Path], np.ndarray]]:
   """(paths, uint8 [b, size, size, 3]) in batches; a file that does not decode is named on stderr and left out."""
-  crop, names, images = transforms.CenterCrop(size), [], []
+  crop, names, images = transforms.CenterCrop(size, crop_pct), [], []
   for path in tqdm(paths, unit=' images', disable=len(paths) < 2 * batch):
     try:
       image = transforms.decode(path.read_bytes())

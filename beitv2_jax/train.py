@@ -65,10 +65,11 @@ def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, schedule
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], each))[:2])
       (grads, metrics), stats = jax.lax.scan(add, zeros, each)
       grads, metrics = jax.tree.map(lambda x: x / parts, (grads, metrics))
-    model_state, more = task.update(state.model_state, stats, update_key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    model_state, more = task.update(state.model_state, stats, update_key, params)
     metrics = metrics | more | dict(grad_norm=optax.global_norm(grads), lr=schedule(state.step))
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), model_state, opt_state), metrics
+    return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
   return step
 
@@ -113,7 +114,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   workdir = Path(workdir).expanduser().absolute()
   config_lib.check(c)
   opened = {split: sources.make(c.data.source, split, c.data.dir, c.data.holdout) for split in ('train', 'eval')}
-  task, frozen = tasks.make(c)
+  task, frozen = tasks.make(c, source=opened['train'])
   transforms = {split: task.transforms(split == 'train', opened[split]) for split in opened}
   steps, warmup = planned_steps(c, len(opened['train']))
   try:
@@ -123,7 +124,8 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
 
   mesh = sharding.make_mesh(c.mesh.data, c.mesh.model)
   tx, schedule = optim.make(c.optim, steps, warmup)
-  init_key, warm_key, key = jax.random.split(jax.random.key(c.seed), 3)
+  # Made on the mesh: a key on one device would have to move to the others in every step.
+  init_key, warm_key, key = jax.jit(lambda: tuple(jax.random.split(jax.random.key(c.seed), 3)), out_shardings=sharding.replicated(mesh))()
   make_state, abstract, shardings = init_state(task, tx, mesh, c.mesh.rules, init_key)
   checkpoints = checkpoint.Checkpoints(workdir, c.checkpoint.keep, c.checkpoint.keep_every)
   start = checkpoints.latest() or 0

@@ -11,7 +11,7 @@ import sys
 import jax
 import pytest
 
-from configs import beitv2_b16, vqkd_b16
+from configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
 ROOT = pathlib.Path(__file__).parents[1]
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
@@ -25,7 +25,8 @@ def _from_the_root(monkeypatch):
 
 def smoke(task: str, **changes):
   """A shipped recipe at smoke size on one device; dots in names are written as two underscores."""
-  c = {'tokenizer': vqkd_b16, 'pretrain': beitv2_b16}[task].get_config('smoke').unlock()
+  recipes = dict(tokenizer=vqkd_b16, pretrain=beitv2_b16, classifier=finetune_b16, segmenter=ade20k_b16)
+  c = recipes[task].get_config('smoke').unlock()
   c.mesh.data = 1
   for key, value in changes.items():
     *parents, last = key.split('__')

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import beitv2_jax
-from beitv2_jax import checkpoint, config, convert, handoff, sharding
+from beitv2_jax import api, checkpoint, config, convert, handoff, sharding
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MIM
@@ -180,7 +180,7 @@ def test_a_stage_trained_here_goes_to_hugging_face(tmp_path):
   """Its config leaves out what the model has by default."""
   c = smoke('pretrain').unlock()
   c.model.vocab = 8
-  module = beitv2_jax.api.build(c)
+  module = api.build(c)
   variables = sharding.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
   config.save(c, tmp_path)
   checkpoint.write_variables(tmp_path, 0, variables)

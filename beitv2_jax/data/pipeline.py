@@ -14,7 +14,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from beitv2_jax.data import sources, transforms
+from beitv2_jax.data import scenes, sources, transforms
 from beitv2_jax.errors import UserError
 
 MAX_NEIGHBOURS = 16
@@ -37,7 +37,8 @@ class Decoded:
       j = (i + bad) % len(self.source)
       try:
         record = self.source[j]
-        return record | dict(image=transforms.decode(record['image']), bad=np.int32(bad))
+        mask = {'mask': scenes.decode_mask(record['mask'])} if 'mask' in record else {}
+        return record | mask | dict(image=transforms.decode(record['image']), bad=np.int32(bad))
       except transforms.UNDECODABLE as e:
         name = getattr(self.source, 'name', str)(j)
         self.said += 1

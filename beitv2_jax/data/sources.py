@@ -8,6 +8,7 @@ None for unlabelled images; `name(i)` names a record in messages. A source is wr
   folder:PATH          a folder of class folders, or a flat folder of unlabelled images
   list:FILE            lines of `path` or `path label`, or of JSON {"class": ..., "files": [...]}
   parquet:PATH         a folder of Hugging Face image parquet files
+  scenes:PATH          images with masks, for segmentation (data/scenes.py)
   tfds:NAME            a prepared TensorFlow Datasets data set (array_record; read without TensorFlow)
 """
 
@@ -35,9 +36,11 @@ def make(spec: str, split: str, data_dir: str = '', holdout: float = 0.1) -> Any
   Sources without an evaluation split of their own hold out a fixed share (`holdout`) of their images.
   """
   kind, _, where = spec.partition(':')
-  makers = {'digits': Digits, 'fake': Fake, 'folder': Folder, 'list': ListFile, 'parquet': Parquet, 'tfds': Tfds}
+  from beitv2_jax.data import scenes
+
+  makers = {'digits': Digits, 'fake': Fake, 'folder': Folder, 'list': ListFile, 'parquet': Parquet, 'scenes': scenes.Scenes, 'tfds': Tfds}
   if kind not in makers or split not in SPLITS:
-    known = 'digits, fake:COUNT, folder:PATH, list:FILE, parquet:PATH, tfds:NAME'
+    known = 'digits, fake:COUNT, folder:PATH, list:FILE, parquet:PATH, scenes:PATH, tfds:NAME'
     raise UserError(f'no data source {spec!r}; use one of {known} (split train or eval).')
   return makers[kind](where, split, data_dir=data_dir, holdout=holdout)
 
@@ -110,7 +113,7 @@ class Names:
 
 def held_out(count: int, split: str, holdout: float) -> np.ndarray:
   """The records of a source without splits that belong to `split`."""
-  keep = split_indices(count, split, max(1, int(count * holdout)))
+  keep = split_indices(count, split, max(1, int(count * holdout)))  # holdout=1: all are for evaluation
   if not len(keep):
     raise UserError(f'{count} images are too few to hold some out for evaluation: none are left for the {split} split.')
   return keep
@@ -379,6 +382,11 @@ class Tfds:
 
   def name(self, i: int) -> str:
     return f'{self.where} record {i}'
+
+  def file_name(self, i: int) -> str:
+    """What the image was called in the original data set; '' where that is not kept."""
+    name = self.source[i].get('file_name', b'')
+    return name.decode() if isinstance(name, bytes) else name
 
 
 @dataclasses.dataclass(frozen=True)

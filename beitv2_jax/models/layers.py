@@ -271,11 +271,11 @@ class Linear(nn.Module):
 
 def sum_rows(x: jax.Array) -> jax.Array:
   """[..., F] → fp32 [F]. On the matrix unit if x is bf16, which is exact too: what computes x can then be part of a product."""
-  rows = x.reshape(-1, x.shape[-1])
+  rows = tuple(range(x.ndim - 1))  # not reshaped into one axis: the batch among them may be sharded
   if x.dtype == jnp.float32:
-    return rows.sum(0)
-  ones = jnp.ones((8, len(rows)), x.dtype)  # eight rows: the compiler would make one into a plain sum again
-  return jnp.dot(ones, rows, preferred_element_type=jnp.float32)[0]
+    return x.sum(rows)
+  ones = jnp.ones((8, *x.shape[:-1]), x.dtype)  # eight times: the compiler would make one into a plain sum again
+  return jax.lax.dot_general(ones, x, ((tuple(r + 1 for r in rows), rows), ((), ())), preferred_element_type=jnp.float32)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -43,8 +43,8 @@ class Task:
     """(scalar, (statistics for `update`, scalar metrics)) of a training batch, or of a part of one."""
     raise NotImplementedError
 
-  def update(self, model_state: Any, stats: Any, key: jax.Array) -> tuple[Any, dict]:
-    """(new model_state, scalar metrics) from the statistics of a step's parts, stacked along a new first axis."""
+  def update(self, model_state: Any, stats: Any, key: jax.Array, params: Any) -> tuple[Any, dict]:
+    """(new model_state, scalar metrics) from the statistics of a step's parts, stacked along a new first axis, and the new parameters."""
     return model_state, {}
 
   def warning(self, step: int, values: dict[str, float]) -> str | None:
@@ -63,14 +63,21 @@ class Task:
     """What the stage leaves beside its checkpoint."""
 
 
-def make(config: Any, abstract: bool = False) -> tuple[Task, Any]:
+def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
   """(task, frozen weights as numpy arrays). Reads what earlier stages left; raises UserError when it is not there.
 
-  With `abstract` nothing is read: the frozen weights are shapes, of the released teacher and tokenizer.
+  `source` is the training data, whose classes some tasks need. With `abstract` nothing is read: the frozen weights are shapes, of
+  the released teacher and tokenizer.
   """
-  from beitv2_jax.tasks import clip, pretrain, tokenizer
+  from beitv2_jax.tasks import classify, clip, pretrain, segment, tokenizer
 
-  makers = {'clip': clip.make, 'tokenizer': tokenizer.make, 'pretrain': pretrain.make}
+  makers = {
+    'clip': clip.make,
+    'tokenizer': tokenizer.make,
+    'pretrain': pretrain.make,
+    'classifier': classify.make,
+    'segmenter': segment.make,
+  }
   if config.task not in makers:
     raise UserError(f'no task {config.task!r}; use one of {", ".join(makers)}.')
-  return makers[config.task](config, abstract)
+  return makers[config.task](config, abstract, source)

@@ -23,7 +23,7 @@ def build(c: Any) -> MIM:
   return MIM(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), execution=Execution(**config_lib.layers(c)))
 
 
-def make(c: Any, abstract: bool = False) -> tuple[Task, Any]:
+def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
   vqkd, frozen, theirs = tokenizer.released(c.tokenizer_dtype) if abstract else tokenizer.load(c.tokenizer_from, c.tokenizer_dtype)
   ours = config_lib.patch_grid(c)
   if theirs.model.patch_size != c.model.patch_size:

@@ -54,7 +54,7 @@ def released(dtype: str) -> tuple[VQKD, Any, Any]:
   return module, nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *config_lib.image_shape(config))))), config
 
 
-def make(c: Any, abstract: bool = False) -> tuple[Task, Any]:
+def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
   how = teacher.abstract if abstract else teacher.load
   teacher_model, frozen = how(c.teacher.kind, c.teacher.name, config_lib.patch_grid(c), jnp.dtype(c.dtype))
   c.model.teacher_width = teacher_model.width  # so that config.json describes the whole model
@@ -118,7 +118,7 @@ class TokenizerTask(Task):
     stats = {k: jax.lax.stop_gradient(out[k]) for k in ('counts', 'sums', 'z')}
     return rec_loss + quant_loss, (stats, dict(rec_loss=rec_loss, quant_loss=quant_loss))
 
-  def update(self, model_state, stats, key):
+  def update(self, model_state, stats, key, params):
     counts, c = stats['counts'].sum(0), self.config.codebook
     book = quantizer.update(model_state['codebook']['quantizer'], counts, stats['sums'].sum(0), self.config.model.decay)
     metrics = code_statistics(counts) | dict(dead_codes=100 * quantizer.dead(book['usage']).mean())

@@ -1,0 +1,224 @@
+"""Images with a mask of class numbers, and what training does to both: ADE20K's recipe as mmsegmentation has it (paper section 3.3)."""
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from beitv2_jax.data.sources import SPLITS, Names, held_out, image_folders
+from beitv2_jax.data.transforms import Record, Rng
+from beitv2_jax.errors import UserError
+
+IGNORE = 255
+FILL = (124, 116, 104)  # ImageNet's mean: zero once normalised
+MASK_FOLDERS = ('annotations', 'masks', 'labels')
+
+
+def _pairs_of_folders(root: Path) -> dict[str, tuple[Path, Path]]:
+  """{split, or '' for a folder without splits: (images, masks)} in any of the usual layouts."""
+  found = {}
+  for split, names in SPLITS.items():
+    for n in names:
+      for m in MASK_FOLDERS:
+        for images, masks in ((root / 'images' / n, root / m / n), (root / n / 'images', root / n / m), (root / n, root / f'{n}annot')):
+          if split not in found and images.is_dir() and masks.is_dir():
+            found[split] = images, masks
+  for m in MASK_FOLDERS:
+    if not found and (root / 'images').is_dir() and (root / m).is_dir():
+      found[''] = root / 'images', root / m
+  return found
+
+
+class Scenes:
+  """A folder of images and one of PNG masks with the same names: source[i] → dict(image, mask), both as encoded bytes.
+
+  Layouts: images/training + annotations/training (ADE20K), train/images + train/masks, train + trainannot (CamVid), or images +
+  masks, of which a share is held out. `classes` are the lines of classes.txt, or the names in objectInfo150.txt, where there is one.
+  """
+
+  def __init__(self, where: str, split: str, holdout: float = 0.1, **_):
+    root = Path(where).expanduser()
+    pairs = _pairs_of_folders(root) if root.is_dir() else {}
+    if not pairs or (split not in pairs and '' not in pairs):
+      have = f'only {", ".join(pairs)} there' if pairs else 'none there'
+      raise UserError(
+        f'no {split} images with masks under {root.absolute()} ({have}): looked for images/training + annotations/training, train/images + train/masks, '
+        'train + trainannot, or images + masks (for evaluation with validation or val).'
+      )
+    images, masks = pairs.get(split) or pairs['']
+    of_stem = {Path(n).stem: os.path.join(folder, n) for folder, names in image_folders(masks) for n in names}
+    names = [os.path.join(folder, n) for folder, names in image_folders(images) for n in names]
+    lacking = [n for n in names if Path(n).stem not in of_stem]
+    if lacking or not names:
+      raise UserError(
+        f'{len(lacking)} of the {len(names)} images in {images} have no mask of their name in {masks}, such as {lacking[:3]}.'
+      )
+    self.images, self.masks = str(images), str(masks)
+    self.names, self.mask_names = Names(names), Names([of_stem[Path(n).stem] for n in names])
+    self.keep = np.arange(len(names)) if split in pairs else held_out(len(names), split, holdout)
+    self.classes = _class_names(root)
+
+  def __len__(self) -> int:
+    return len(self.keep)
+
+  def __getitem__(self, i: int) -> dict:
+    with open(self.name(i), 'rb') as f, open(os.path.join(self.masks, self.mask_names[int(self.keep[i])]), 'rb') as g:
+      return dict(image=f.read(), mask=g.read())
+
+  def name(self, i: int) -> str:
+    return os.path.join(self.images, self.names[int(self.keep[i])])
+
+
+def _class_names(root: Path) -> list[str] | None:
+  if (root / 'classes.txt').is_file():
+    return (root / 'classes.txt').read_text().splitlines()
+  if (root / 'objectInfo150.txt').is_file():  # ADE20K's: a table whose last column is the name
+    return [line.split('\t')[-1].strip() for line in (root / 'objectInfo150.txt').read_text().splitlines()[1:]]
+  return None
+
+
+def resized(array: np.ndarray, size: tuple[int, int], nearest: bool = False) -> np.ndarray:
+  """Bilinear without antialiasing at half-pixel centres, as OpenCV's; or the nearest pixel, for masks."""
+  (h, w), (new_h, new_w) = array.shape[:2], size
+  how = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
+  return np.asarray(Image.fromarray(array).transform((new_w, new_h), Image.Transform.AFFINE, (w / new_w, 0, 0, 0, h / new_h, 0), how))
+
+
+def fitted_size(h: int, w: int, long: float, short: float) -> tuple[int, int]:
+  """The largest size of the same ratio whose sides stay within (long, short)."""
+  factor = min(long / max(h, w), short / min(h, w))
+  return int(h * factor + 0.5), int(w * factor + 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+  """Masks [h, w] as they are stored → class numbers from 0, 255 for no class.
+
+  `reduce_zero`: 0 is no class and 1 is class 0 (ADE20K). `ignore` are stored values that mean no class. Raises UserError for any
+  other value that is not below `classes`.
+  """
+
+  classes: int
+  reduce_zero: bool = False
+  ignore: tuple[int, ...] = (255,)
+
+  def __call__(self, record: Record, rng: Rng) -> Record:
+    mask = record['mask'].astype(np.int64)
+    out = mask - 1 if self.reduce_zero else mask
+    none = np.isin(mask, self.ignore) | (out < 0)
+    if (out[~none] >= self.classes).any():
+      worst = int(mask[~none].max())
+      raise UserError(
+        f'a mask holds {worst}, but there are {self.classes} classes{" counted from 1" * self.reduce_zero}; set model.classes, or add it to labels.ignore '
+        'if it means no class.'
+      )
+    if mask.shape != record['image'].shape[:2]:
+      raise UserError(f'a mask is {mask.shape[0]}x{mask.shape[1]}, its image {record["image"].shape[0]}x{record["image"].shape[1]}.')
+    return record | dict(mask=np.where(none, IGNORE, out).astype(np.uint8))
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResize:
+  """To fit (4s, s) times one factor of U(ratio): image and mask together."""
+
+  short: int
+  ratio: tuple[float, float] = (0.5, 2.0)
+
+  def __call__(self, record: Record, rng: Rng) -> Record:
+    r = rng.uniform(*self.ratio)
+    size = fitted_size(*record['mask'].shape, int(4 * self.short * r), int(self.short * r))
+    return record | dict(image=resized(record['image'], size), mask=resized(record['mask'], size, nearest=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop:
+  """A crop of `size`, smaller where the image is: ten tries for one in which no class has `max_share` of the labelled pixels or more."""
+
+  size: tuple[int, int]
+  max_share: float = 0.75
+
+  def __call__(self, record: Record, rng: Rng) -> Record:
+    h, w = record['mask'].shape
+    for _ in range(11):
+      top, left = (int(rng.integers(0, max(n - s, 0) + 1)) for n, s in zip((h, w), self.size))
+      box = slice(top, top + self.size[0]), slice(left, left + self.size[1])
+      counts = np.bincount(record['mask'][box].ravel(), minlength=IGNORE + 1)[:IGNORE]
+      if np.count_nonzero(counts) > 1 and counts.max() < self.max_share * counts.sum():
+        break
+    return record | dict(image=record['image'][box], mask=record['mask'][box])
+
+
+@dataclasses.dataclass(frozen=True)
+class FlipBoth:
+  def __call__(self, record: Record, rng: Rng) -> Record:
+    if rng.random() < 0.5:
+      record = record | {k: np.ascontiguousarray(record[k][:, ::-1]) for k in ('image', 'mask')}
+    return record
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotometricDistortion:
+  """Brightness ±32, contrast and saturation U(0.5, 1.5), hue ±18 of 180 degrees, each with probability 1/2; contrast first or last."""
+
+  def __call__(self, record: Record, rng: Rng) -> Record:
+    x, on = record['image'], rng.random(5) < 0.5
+    scale = lambda x, alpha, beta=0.0: np.clip(x.astype(np.float32) * alpha + beta, 0, 255).astype(np.uint8)
+    contrast = lambda x: scale(x, rng.uniform(0.5, 1.5))
+    if on[0]:
+      x = scale(x, 1.0, rng.uniform(-32, 32))
+    if on[1] and on[2]:
+      x = contrast(x)
+    if on[3] or on[4]:
+      hsv = np.array(Image.fromarray(x).convert('HSV'))
+      if on[3]:
+        hsv[..., 1] = scale(hsv[..., 1], rng.uniform(0.5, 1.5))
+      if on[4]:
+        hsv[..., 0] = (hsv[..., 0].astype(np.int32) + round(rng.uniform(-18, 18) / 180 * 256)) % 256
+      x = np.array(Image.fromarray(hsv, 'HSV').convert('RGB'))
+    if on[1] and not on[2]:
+      x = contrast(x)
+    return record | dict(image=x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pad:
+  """At the bottom and right, up to `size`: the image with ImageNet's mean, the mask with 255."""
+
+  size: tuple[int, int]
+
+  def __call__(self, record: Record, rng: Rng) -> Record:
+    return record | dict(image=padded(record['image'], self.size, FILL), mask=padded(record['mask'], self.size, IGNORE))
+
+
+def padded(array: np.ndarray, size: tuple[int, int], fill) -> np.ndarray:
+  out = np.empty((*size, *array.shape[2:]), np.uint8)
+  out[:] = np.asarray(fill, np.uint8)
+  out[: array.shape[0], : array.shape[1]] = array
+  return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """The whole image, made to fit `size` in its own ratio: what the quick evaluation during training looks at."""
+
+  size: tuple[int, int]
+
+  def __call__(self, record: Record, rng: Rng) -> Record:
+    h, w = record['mask'].shape
+    factor = min(self.size[0] / h, self.size[1] / w)
+    size = max(1, int(h * factor)), max(1, int(w * factor))
+    return record | dict(image=resized(record['image'], size), mask=resized(record['mask'], size, nearest=True))
+
+
+def decode_mask(data: bytes | np.ndarray) -> np.ndarray:
+  """PNG of one channel or with a palette → its numbers, int [h, w]. Raises ValueError for colour images."""
+  if isinstance(data, np.ndarray):
+    return data
+  image = Image.open(io.BytesIO(data))
+  mask = np.array(image)
+  if mask.ndim != 2:
+    raise ValueError(f'the mask has mode {image.mode}; a mask is one channel of class numbers, or a palette image')
+  return mask.astype(np.int32)

@@ -1,0 +1,145 @@
+"""Classification: fine-tuning of what pretraining left, or training from scratch (paper section 3.2)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from beitv2_jax import config as config_lib
+from beitv2_jax import handoff
+from beitv2_jax.data import augment
+from beitv2_jax.data.randaugment import RandAugment
+from beitv2_jax.data.transforms import image_transforms
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.classifier import Classifier
+from beitv2_jax.models.layers import Execution
+from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
+from beitv2_jax.tasks import Task, tokenizer
+from beitv2_jax.weights import adapt
+
+
+def build(c: Any) -> Classifier:
+  return Classifier(
+    grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), execution=Execution(**config_lib.layers(c))
+  )
+
+
+def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
+  """The number of classes, and their names, come from the data."""
+  if source is not None:
+    if not source.classes:
+      raise UserError(f'{c.data.source} has no labels; classification needs class folders, or a list with labels.')
+    if c.model.classes not in (0, len(source.classes)):
+      raise UserError(
+        f'model.classes={c.model.classes}, but {c.data.source} has {len(source.classes)} classes; leave it 0 to take them from there.'
+      )
+    c.model.classes, c.class_names = len(source.classes), tuple(source.classes)
+  c.model.classes = c.model.classes or 1000
+  if (c.mixup or c.cutmix) and c.batch_size // c.accumulate % 2:
+    raise UserError(f'mixup and cutmix pair images: batch_size={c.batch_size} in {c.accumulate} parts is odd.')
+  return ClassifyTask(c, build(c)), {}
+
+
+def adopt_backbone(theirs: Any, variables: Any, grid: tuple[int, int], prefix: str = 'backbone') -> dict:
+  """Another stage's parameters as those of a model with a per-block bias table on `grid`: a pretrained, tokenizer or classifier stage.
+
+  Raises UserError for other stages.
+  """
+  params, source = variables['params'], config_lib.patch_grid(theirs)
+  if theirs.task == 'pretrain':
+    return adapt.pretrain_to_classifier(params, source, grid)
+  if theirs.task == 'tokenizer':  # its encoder
+    return adapt.fit_grid({'backbone': params['encoder']['vit']}, source, grid)
+  if theirs.task in ('classifier', 'segmenter'):
+    return adapt.fit_grid(params, source, grid)
+  raise UserError(f'init_from holds a {theirs.task} stage; start from a pretrain, tokenizer or classifier one.')
+
+
+def check_sizes(theirs: Any, ours: Any) -> None:
+  """Says in words what a tree's diff says in shapes."""
+  m = theirs.model.encoder if theirs.task == 'tokenizer' else theirs.model
+  wrong = [f'{k} {m[k]} there, {ours.model[k]} here' for k in ('width', 'depth', 'heads') if m[k] != ours.model[k]]
+  wrong += [f'patch_size {theirs.model.patch_size} there, {ours.model.patch_size} here'] * (
+    theirs.model.patch_size != ours.model.patch_size
+  )
+  needs = dict(abs_pos=True, rel_pos='none', layer_scale=0.0) if theirs.task == 'tokenizer' else {}
+  wrong += [
+    f'model.{k}={ours.model[k]!r}, a tokenizer needs {v!r} (the recipe argument encoder sets it)'
+    for k, v in needs.items()
+    if ours.model[k] != v
+  ]
+  if wrong:
+    raise UserError(f'init_from={ours.init_from} is another model: {"; ".join(wrong)}.')
+
+
+def fresh_where_missing(given: dict, fresh: dict, fresh_parts: tuple[str, ...]) -> dict:
+  """`given` parameters with those of `fresh_parts` (first names of paths) taken from `fresh` where they lack."""
+  flat, want = handoff.flatten(given), handoff.flatten(fresh)
+  return handoff.unflatten(flat | {k: v for k, v in want.items() if k not in flat and k.split('/')[0].startswith(fresh_parts)})
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifyTask(Task):
+  config: Any
+  model: Classifier
+
+  def init(self, key):
+    variables = self.model.init(key, jnp.zeros((1, *config_lib.image_shape(self.config))))
+    return variables | ({'ema': variables['params']} if self.config.ema_decay else {})
+
+  def adopt(self, theirs, variables, fresh):
+    c = self.config
+    check_sizes(theirs, c)
+    params = adopt_backbone(theirs, variables, config_lib.patch_grid(c))
+    if theirs.task == 'classifier' and theirs.model.classes != c.model.classes:
+      if not c.fresh_head:
+        raise UserError(
+          f'init_from={c.init_from} knows {theirs.model.classes} classes, {c.data.source} has {c.model.classes}. '
+          '--config.fresh_head=True keeps its backbone and starts a new head.'
+        )
+      params = {k: v for k, v in params.items() if k != 'head'}
+    # fc_norm and the head start fresh after pretraining, as in the official code.
+    params = fresh_where_missing(
+      params, fresh['params'], ('fc_norm', 'norm', 'head') if theirs.task != 'classifier' or c.fresh_head else ()
+    )
+    return {'params': params} | ({'ema': params} if c.ema_decay else {})
+
+  def transforms(self, train, source):
+    c = self.config
+    steps = image_transforms(c.data, train, 0.0 if c.rand_augment else c.color_jitter)
+    return [*steps, RandAugment(c.rand_augment)] if train and c.rand_augment else steps
+
+  def _logits(self, params, images, **kwargs):
+    return self.model.apply({'params': params}, images, **kwargs).astype(jnp.float32)
+
+  def loss(self, params, model_state, frozen, batch, key):
+    c = self.config
+    erase, mix, drop = jax.random.split(key, 3)
+    images = normalize(tokenizer.unit_images(batch['image']), IMAGENET_MEAN, IMAGENET_STD)
+    images = augment.random_erasing(erase, images, c.random_erasing)
+    targets = augment.smooth_targets(batch['label'], c.model.classes, c.label_smoothing)
+    images, targets = augment.mix(mix, images, targets, c.mixup, c.cutmix)
+    logits = self._logits(params, images, train=True, rngs={'drop_path': drop})
+    acc = 100.0 * (logits.argmax(-1) == targets.argmax(-1)).mean()
+    return optax.softmax_cross_entropy(logits, targets).mean(), ({}, dict(acc1=acc))
+
+  def update(self, model_state, stats, key, params):
+    if not self.config.ema_decay:
+      return model_state, {}
+    d = self.config.ema_decay
+    return {'ema': jax.tree.map(lambda e, p: d * e + (1 - d) * p, model_state['ema'], params)}, {}
+
+  def evaluate(self, params, model_state, frozen, batch):
+    images = normalize(tokenizer.unit_images(batch['image']), IMAGENET_MEAN, IMAGENET_STD)
+    out = self._scores(params, images, batch['label'])
+    if self.config.ema_decay:
+      out |= {f'ema_{k}': v for k, v in self._scores(model_state['ema'], images, batch['label']).items()}
+    return out
+
+  def _scores(self, params, images, labels):
+    logits = self._logits(params, images)
+    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return dict(acc1=100.0 * best[:, 0], acc5=100.0 * best.any(1), loss=loss)

@@ -1,0 +1,108 @@
+"""Semantic segmentation: UperNet on a pretrained backbone (paper section 3.3)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.data import scenes
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.layers import Execution
+from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
+from beitv2_jax.models.upernet import Segmenter, resample
+from beitv2_jax.segmentation import scores
+from beitv2_jax.tasks import Task, classify, tokenizer
+
+HEADS = ('fpn', 'psp', 'lateral', 'classifier', 'aux')  # what no other stage has
+
+
+def build(c: Any) -> Segmenter:
+  m = c.model.to_dict()
+  m |= {k: tuple(m[k]) for k in ('out_indices', 'pool_scales') if k in m}  # JSON made them lists
+  return Segmenter(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **m, execution=Execution(**config_lib.layers(c)))
+
+
+def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
+  names = getattr(source, 'classes', None)
+  if names and len(names) != c.model.classes:
+    raise UserError(f'{c.data.source} names {len(names)} classes, model.classes is {c.model.classes}.')
+  c.class_names = tuple(names or ())
+  return SegmentTask(c, build(c)), {}
+
+
+def labels_of(c: Any) -> scenes.Labels:
+  return scenes.Labels(c.model.classes, c.labels.reduce_zero, tuple(c.labels.ignore))
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentTask(Task):
+  config: Any
+  model: Segmenter
+
+  def init(self, key):
+    return self.model.init(key, jnp.zeros((1, *config_lib.image_shape(self.config))))
+
+  def adopt(self, theirs, variables, fresh):
+    classify.check_sizes(theirs, self.config)
+    params = classify.adopt_backbone(theirs, variables, config_lib.patch_grid(self.config))
+    if theirs.task == 'segmenter':
+      return variables | {'params': params}
+    params = classify.fresh_where_missing({'backbone': params['backbone']}, fresh['params'], HEADS)
+    return fresh | {'params': params}
+
+  def transforms(self, train, source):
+    if not hasattr(source, 'mask_names'):
+      raise UserError(f'{self.config.data.source} has no masks; segmentation needs data.source=scenes:PATH.')
+    size = config_lib.image_shape(self.config)[:2]
+    if not train:
+      return [labels_of(self.config), scenes.Fit(size), scenes.Pad(size)]
+    return [
+      labels_of(self.config),
+      scenes.RandomResize(min(size), tuple(self.config.data.resize_ratio)),
+      scenes.RandomCrop(size),
+      scenes.FlipBoth(),
+      scenes.PhotometricDistortion(),
+      scenes.Pad(size),
+    ]
+
+  def _apply(self, variables, images, **kwargs):
+    images = normalize(tokenizer.unit_images(images), IMAGENET_MEAN, IMAGENET_STD)
+    return self.model.apply(variables, images, **kwargs)
+
+  def loss(self, params, model_state, frozen, batch, key):
+    drop_path, dropout = jax.random.split(key)
+    rngs = dict(drop_path=drop_path, dropout=dropout)
+    outs, changed = self._apply({'params': params, **model_state}, batch['image'], train=True, mutable=['batch_stats'], rngs=rngs)
+    mask = batch['mask'].astype(jnp.int32)
+    known = mask != scenes.IGNORE
+    # The official mean is over all pixels, those without a class included (with loss 0).
+    count = known.size if self.config.average_over_ignored else jnp.maximum(known.sum(), 1)
+
+    def cross_entropy(logits):
+      logits = resample(logits.astype(jnp.float32), mask.shape[1:])
+      return jnp.where(known, optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, mask, 0)), 0).sum() / count, logits
+
+    loss, logits = cross_entropy(outs[0])
+    aux = cross_entropy(outs[1])[0] if outs[1] is not None else 0.0
+    right = (logits.argmax(-1) == mask) & known
+    metrics = dict(decode_loss=loss, aux_loss=jnp.asarray(aux, jnp.float32), pixel_acc=100 * right.sum() / jnp.maximum(known.sum(), 1))
+    return loss + self.config.aux_weight * aux, (changed, metrics)
+
+  def update(self, model_state, stats, key, params):
+    return model_state | jax.tree.map(lambda x: x.mean(0), stats), {}
+
+  def evaluate(self, params, model_state, frozen, batch):
+    """Confusion [K, K] (true, predicted) of each image, made to fit the model's input: quick, not the exact figure of `segmentation`."""
+    logits = self._apply({'params': params, **model_state}, batch['image'])[0]
+    mask = batch['mask'].astype(jnp.int32)
+    best, k = resample(logits.astype(jnp.float32), mask.shape[1:]).argmax(-1), self.config.model.classes
+    cell = jnp.where(mask == scenes.IGNORE, k * k, mask * k + best).reshape(len(mask), -1)
+    counts = jax.vmap(lambda c: jnp.zeros(k * k + 1).at[c].add(1.0))(cell)
+    return dict(confusion=counts[:, :-1].reshape(-1, k, k))
+
+  def summarize(self, means):
+    return {f'quick_{k}': v for k, v in scores(np.asarray(means['confusion'])).items() if np.isscalar(v)}

@@ -1,0 +1,214 @@
+"""One training step of ours against PyTorch, side by side: same sizes, same batch, same data type, taking turns.
+
+  python benchmarks/steps.py --model mim-base --batch 4                       two CPU cores, fp32
+  python benchmarks/steps.py --model mim-base --batch 128 --dtype bfloat16    on a GPU: JAX and torch must both see it
+
+The PyTorch side is made of timm's BEiT blocks (fused attention with the position bias as its mask), transformers' CLIP and torch's
+fused AdamW, eager and compiled: what somebody would write today. Both sides make the images' codes or teacher features inside the step
+and update all parameters; weights are random, images are made once. Needs the extra [parity]. Every side runs in a process of its
+own; `--rounds` times in turn. The figure is the median step of each round; ratios are between the best medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+SIDES = ('ours', 'torch', 'torch-compile')
+MODELS = ('vqkd-base', 'mim-base', 'mim-large')
+
+
+def ours(args) -> list[float]:
+  import jax
+  import numpy as np
+
+  from beitv2_jax import flops, optim, sharding, tasks, train
+  from beitv2_jax.main import use_compilation_cache
+  from configs import beitv2_b16, beitv2_l16, vqkd_b16
+
+  use_compilation_cache()
+  c = {'vqkd-base': vqkd_b16, 'mim-base': beitv2_b16, 'mim-large': beitv2_l16}[args.model].get_config().unlock()
+  c.dtype = c.tokenizer_dtype = args.dtype
+  c.batch_size = args.batch
+  rng = np.random.default_rng(0)
+  task, frozen = tasks.make(c, abstract=True)
+  frozen = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), frozen)
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  tx, schedule = optim.make(c.optim, 1000, 10)
+  make_state, _, shardings = train.init_state(task, tx, mesh, c.mesh.rules, jax.random.key(0))
+  state, frozen = make_state(jax.random.key(0)), sharding.put_replicated(frozen, mesh)
+  batch = dict(image=rng.integers(0, 256, (args.batch, 224, 224, 3), np.uint8))
+  if 'mask' in c:
+    batch['mask_index'] = np.stack([np.sort(rng.permutation(196)[:75]) for _ in range(args.batch)]).astype(np.int32)
+  batch = sharding.put_batch(batch, mesh)
+  step = jax.jit(train.make_train_step(task, tx, schedule), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+  times = []
+  with jax.set_mesh(mesh):
+    for _ in range(args.steps + 2):
+      start = time.monotonic()
+      state, values = step(state, frozen, batch, jax.random.key(1))
+      loss = float(values['loss'])
+      times.append(time.monotonic() - start)
+  assert np.isfinite(loss)
+  print(f'GFLOP an image: {sum(flops.per_image(c).values()) / 1e9:.0f}', file=sys.stderr)
+  return times
+
+
+def torch_model(name: str):
+  """(module with .loss(images, masks), parameters to train) of the PyTorch side."""
+  import torch
+  import torch.nn.functional as F
+  from torch import nn
+  from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+  from tests.test_parity import import_timm
+
+  import_timm()
+  from timm.models.beit import Beit, Block
+
+  def beit(width=768, depth=12, heads=12, patch=16, chans=3, shared=False):
+    return Beit(
+      img_size=224 if patch == 16 else 14, patch_size=patch, in_chans=chans, num_classes=0, embed_dim=width, depth=depth, num_heads=heads,
+      qkv_bias=True, init_values=0.1 if shared else None, use_abs_pos_emb=not shared, use_rel_pos_bias=False, use_shared_rel_pos_bias=shared,
+      global_pool='', norm_layer=lambda d: nn.LayerNorm(d, eps=1e-6), drop_path_rate=0.1 if shared else 0.0,
+    )  # fmt: skip
+
+  def head(width, out):
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out))
+
+  class Tokenizer(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.encoder, self.head = beit(), head(768, 32)
+      self.register_buffer('codebook', F.normalize(torch.randn(8192, 32), dim=-1))
+
+    def encode(self, x):
+      return F.normalize(self.head(self.encoder(2 * x - 1)[:, 1:]).float(), dim=-1)
+
+    def nearest(self, z):
+      flat = z.reshape(-1, 32)
+      return (flat.square().sum(1, keepdim=True) + self.codebook.square().sum(1) - 2 * flat @ self.codebook.T).argmin(1).view(z.shape[:2])
+
+  class VQKD(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.tokenizer, self.decoder, self.out = Tokenizer(), beit(depth=3, patch=1, chans=32), head(768, 512)
+      self.teacher = CLIPVisionModelWithProjection(CLIPVisionConfig(patch_size=16, projection_dim=512)).requires_grad_(False)
+
+    def loss(self, x, index):
+      with torch.no_grad():
+        vision = self.teacher.vision_model
+        hidden = vision(pixel_values=x).last_hidden_state[:, 1:]
+        target = self.teacher.visual_projection(vision.post_layernorm(hidden))
+      z = self.tokenizer.encode(x)
+      codes = self.tokenizer.nearest(z.detach())
+      book = self.tokenizer.codebook
+      quantized = book[codes]
+      with torch.no_grad():
+        flat, ids = z.detach().reshape(-1, 32), codes.reshape(-1)
+        counts = torch.zeros(8192, device=x.device).index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
+        sums = torch.zeros_like(book).index_add_(0, ids, flat)
+        mean = F.normalize(sums / counts.clamp(min=1)[:, None], dim=-1)
+        moved = F.normalize(0.99 * book + 0.01 * torch.where(counts[:, None] > 0, mean, book), dim=-1)
+      commitment = (quantized - z).square().mean()
+      grid = (z + (quantized - z).detach()).transpose(1, 2).reshape(-1, 32, 14, 14)
+      features = self.out(self.decoder(grid)[:, 1:])
+      self.tokenizer.codebook = moved
+      return commitment + (1 - F.cosine_similarity(features.float(), target.float(), dim=-1)).mean()
+
+  class MIM(nn.Module):
+    def __init__(self, width, depth, heads, early):
+      super().__init__()
+      self.early, self.body = early, beit(width, depth, heads, shared=True)
+      more = dict(dim=width, num_heads=heads, qkv_bias=True, init_values=0.1, norm_layer=lambda d: nn.LayerNorm(d, eps=1e-6))
+      self.aggregation = nn.ModuleList([Block(**more, drop_path=0.09) for _ in range(2)])
+      self.mask_token, self.lm_head = nn.Parameter(torch.zeros(1, 1, width)), nn.Linear(width, 8192)
+      self.norm = nn.LayerNorm(width, eps=1e-6)
+      self.tokenizer = Tokenizer().requires_grad_(False)
+      self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+      self.register_buffer('std', torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def loss(self, x, index):
+      with torch.no_grad():
+        labels = self.tokenizer.nearest(self.tokenizer.encode(x)).gather(1, index).reshape(-1)
+      body = self.body
+      tokens = body.patch_embed((x - self.mean) / self.std)
+      hidden = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, index, True)
+      tokens = torch.where(hidden[:, :, None], self.mask_token.to(tokens.dtype), tokens)
+      tokens = torch.cat([body.cls_token.expand(len(x), -1, -1).to(tokens.dtype), tokens], 1)
+      bias = body.rel_pos_bias()
+      for i, block in enumerate(body.blocks, 1):
+        tokens = block(tokens, shared_rel_pos_bias=bias)
+        if i == self.early:
+          early = tokens[:, 1:]
+      branch = torch.cat([tokens[:, :1], early], 1)
+      for block in self.aggregation:
+        branch = block(branch, shared_rel_pos_bias=bias)
+      rows = (index + 1)[:, :, None].expand(-1, -1, tokens.shape[-1])
+      return sum(F.cross_entropy(self.lm_head(self.norm(t.gather(1, rows))).flatten(0, 1), labels) for t in (tokens, branch))
+
+  model = VQKD() if name == 'vqkd-base' else MIM(768, 12, 12, 9) if name == 'mim-base' else MIM(1024, 24, 16, 21)
+  return model
+
+
+def theirs(args, compiled: bool) -> list[float]:
+  import torch
+
+  torch.manual_seed(0)
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  torch.backends.cuda.matmul.allow_tf32 = True
+  model = torch_model(args.model).to(device)
+  params = [p for p in model.parameters() if p.requires_grad]
+  decay = [[p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]]
+  groups = [dict(params=decay[0], weight_decay=0.05), dict(params=decay[1], weight_decay=0.0)]
+  optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+  loss = torch.compile(model.loss) if compiled else model.loss
+  images = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=device)
+  index = torch.stack([torch.randperm(196)[:75].sort().values for _ in range(args.batch)]).to(device)
+  times = []
+  for _ in range(args.steps + 2):
+    start = time.monotonic()
+    with torch.autocast(device, torch.bfloat16, enabled=args.dtype == 'bfloat16'):
+      value = loss(images.float() / 255, index)
+    value.backward()
+    if 'mim' in args.model:
+      torch.nn.utils.clip_grad_norm_(params, 3.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    float(value)  # waits for the device
+    times.append(time.monotonic() - start)
+  return times
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--model', choices=MODELS, default='mim-base')
+  parser.add_argument('--batch', type=int, default=4)
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+  parser.add_argument('--steps', type=int, default=5, help='timed steps; two more come first')
+  parser.add_argument('--rounds', type=int, default=2)
+  parser.add_argument('--sides', nargs='+', choices=SIDES, default=SIDES)
+  parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.side:
+    times = ours(args) if args.side == 'ours' else theirs(args, args.side == 'torch-compile')
+    return print(json.dumps(dict(first=times[0], steps=times[2:], cpu=os.times().user + os.times().system)))
+  best, firsts = {}, {}
+  for _ in range(args.rounds):
+    for side in args.sides:
+      command = [sys.executable, __file__, *sys.argv[1:], '--side', side]
+      env = os.environ | dict(PYTHONPATH=os.getcwd(), XLA_PYTHON_CLIENT_PREALLOCATE='false')
+      out = json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1])
+      median = statistics.median(out['steps'])
+      print(f'{side:14s} {median:8.3f} s a step, {args.batch / median:9.2f} images/s (first step {out["first"]:.1f} s)', flush=True)
+      best[side], firsts[side] = min(median, best.get(side, median)), out['first']
+  if 'ours' in best:
+    for side in best.keys() - {'ours'}:
+      print(f'ours is {best[side] / best["ours"]:.2f} times as fast as {side}')
+
+
+if __name__ == '__main__':
+  main()
