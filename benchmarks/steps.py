@@ -10,6 +10,7 @@ own; `--rounds` times in turn. The figure is the median step of each round; rati
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -62,18 +63,20 @@ def torch_model(name: str):
   import torch
   import torch.nn.functional as F
   from torch import nn
-  from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
   from tests.test_parity import import_timm
 
   import_timm()
   from timm.models.beit import Beit, Block
+  from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+  norm = functools.partial(nn.LayerNorm, eps=1e-6)
 
   def beit(width=768, depth=12, heads=12, patch=16, chans=3, shared=False):
     return Beit(
       img_size=224 if patch == 16 else 14, patch_size=patch, in_chans=chans, num_classes=0, embed_dim=width, depth=depth, num_heads=heads,
       qkv_bias=True, init_values=0.1 if shared else None, use_abs_pos_emb=not shared, use_rel_pos_bias=False, use_shared_rel_pos_bias=shared,
-      global_pool='', norm_layer=lambda d: nn.LayerNorm(d, eps=1e-6), drop_path_rate=0.1 if shared else 0.0,
+      global_pool='', norm_layer=norm, drop_path_rate=0.1 if shared else 0.0,
     )  # fmt: skip
 
   def head(width, out):
@@ -123,7 +126,7 @@ def torch_model(name: str):
     def __init__(self, width, depth, heads, early):
       super().__init__()
       self.early, self.body = early, beit(width, depth, heads, shared=True)
-      more = dict(dim=width, num_heads=heads, qkv_bias=True, init_values=0.1, norm_layer=lambda d: nn.LayerNorm(d, eps=1e-6))
+      more = dict(dim=width, num_heads=heads, qkv_bias=True, init_values=0.1, norm_layer=norm)
       self.aggregation = nn.ModuleList([Block(**more, drop_path=0.09) for _ in range(2)])
       self.mask_token, self.lm_head = nn.Parameter(torch.zeros(1, 1, width)), nn.Linear(width, 8192)
       self.norm = nn.LayerNorm(width, eps=1e-6)

@@ -19,6 +19,7 @@ torch = pytest.importorskip('torch', reason='make test-parity installs it')
 
 @pytest.fixture(autouse=True)
 def _exact():
+  import_timm()  # transformers looks for torchvision too, whichever test comes first
   with jax.default_matmul_precision('highest'):
     yield
 

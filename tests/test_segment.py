@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 def recipe(folder, **changes):
   more = dict(data__source=f'scenes:{folder}', model__classes=CLASSES, labels__reduce_zero=False, labels__ignore=(9, 255))
-  return smoke('segmenter', **more, **changes)
+  return smoke('segmenter', **(more | changes))
 
 
 @pytest.fixture(scope='module')

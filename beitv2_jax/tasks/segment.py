@@ -27,6 +27,8 @@ def build(c: Any) -> Segmenter:
 
 
 def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
+  if source is not None and not hasattr(source, 'mask_names'):
+    raise UserError(f'{c.data.source} has no masks; segmentation needs data.source=scenes:PATH.')
   names = getattr(source, 'classes', None)
   if names and len(names) != c.model.classes:
     raise UserError(f'{c.data.source} names {len(names)} classes, model.classes is {c.model.classes}.')
@@ -55,8 +57,6 @@ class SegmentTask(Task):
     return fresh | {'params': params}
 
   def transforms(self, train, source):
-    if not hasattr(source, 'mask_names'):
-      raise UserError(f'{self.config.data.source} has no masks; segmentation needs data.source=scenes:PATH.')
     size = config_lib.image_shape(self.config)[:2]
     if not train:
       return [labels_of(self.config), scenes.Fit(size), scenes.Pad(size)]
