@@ -183,7 +183,11 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
     metrics.progress(step, values['loss'])
     if step % c.log_every == 0 or step == steps:
       rate = metrics.rate(step)
-      speed = dict(steps_per_second=rate, images_per_second=rate * c.batch_size, input_wait=wait, bad_images=batches.bad)
+      idle = 100 * float(np.mean(waited or [0]))
+      speed = dict(
+        steps_per_second=rate, images_per_second=rate * c.batch_size, input_wait=wait, device_waited=idle, bad_images=batches.bad
+      )  # fmt: skip
+      waited.clear()
       metrics.write(step, 'train', values | speed)
       warning = task.warning(step, values)
       if warning and not warned:
@@ -195,6 +199,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   )
   signals = _Signals()
   step, pending, results, warned = start, None, {}, []
+  waited: list[bool] = []  # for each step since the last report: was the one before done, so that the device had nothing to do?
   try:
     with signals, jax.set_mesh(mesh):
       if step < steps:
@@ -203,6 +208,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
           warm = jax.jit(task.warm_start, out_shardings=shardings.model_state)
           state = state._replace(model_state=warm(state.params, state.model_state, frozen, batch, warm_key))
       while step < steps:
+        waited.append(pending is not None and pending[1]['loss'].is_ready())
         with jax.transfer_guard('disallow'):
           state, values = train_step(state, frozen, batch, key)
         step += 1

@@ -55,7 +55,7 @@ def vqkd():
 
 def pretrain():
   c = beitv2_b16.get_config('epochs=300').unlock()
-  c.update(batch_size=64, steps=4000, tokenizer_from='runs/transfer/vqkd')
+  c.update(batch_size=64, steps=2000, tokenizer_from='runs/transfer/vqkd')
   c.model.update(**SIZE, patch_size=PATCH, early_layer=3, layer_scale=1.0, init_scheme='torch')
   c.mask.update(count=14, min_block=4)
   c.optim.update(lr=2e-3, warmup_steps=200)
@@ -64,10 +64,10 @@ def pretrain():
 
 def finetune():
   c = finetune_b16.get_config().unlock()
-  c.update(batch_size=64, epochs=25.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, random_erasing=0.0)
+  c.update(batch_size=64, epochs=12.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, random_erasing=0.0)
   c.model.update(**SIZE, patch_size=PATCH, layer_scale=1.0, drop_path=0.0)
   c.data.crop_scale = (0.3, 1.0)
-  c.optim.update(lr=1e-3, warmup_epochs=2.0, layer_decay=0.85)
+  c.optim.update(lr=1e-3, warmup_epochs=1.0, layer_decay=0.85)
   return c
 
 

@@ -37,7 +37,7 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
   tpu = not mesh.empty and mesh.abstract_device.platform == 'tpu'
   cores = (mesh.abstract_device.num_cores or 1) if tpu else 2
   possible = fits(x.shape[1], qkv.shape[2] // split, qkv.shape[3])
-  if how == 'xla' or (how == 'auto' and not (tpu and possible and default_precision() and not _refused)):
+  if how == 'xla' or (how == 'auto' and not (possible and rounded_products() and not _refused)):
     return plain(x, qkv, q_bias, v_bias, bias)
   if not possible:
     raise ValueError(f'layers.attention=pallas cannot take {x.shape[1]} tokens in heads of {qkv.shape[3]}; use auto or xla.')
@@ -70,8 +70,11 @@ def fits(tokens: int, heads: int, head_dim: int) -> bool:
   return LANES % head_dim == 0 and heads * head_dim % LANES == 0 and 4 * heads * padded**2 * 4 < VMEM
 
 
-def default_precision() -> bool:
-  return jax.config.jax_default_matmul_precision in (None, 'default', 'bfloat16')
+def rounded_products() -> bool:
+  """Whether products of fp32 round their inputs to bf16 here: on a TPU mesh, unless a higher precision was asked for."""
+  mesh = jax.sharding.get_abstract_mesh()
+  tpu = not mesh.empty and mesh.abstract_device.platform == 'tpu'
+  return tpu and jax.config.jax_default_matmul_precision in (None, 'default', 'bfloat16')
 
 
 def check() -> str:

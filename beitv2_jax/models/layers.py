@@ -137,8 +137,9 @@ gelu_product.defvjp(lambda x, kernel: (gelu_product(x, kernel), (x, kernel)), _g
 def normalize_layer(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: Any) -> jax.Array:
   """Layer norm over the last axis in fp32, as `dtype`.
 
-  fp32 takes the variance in a second pass; bf16 in the same pass as the mean, which fuses into the product that made x. The
-  gradient is written out: what automatic differentiation makes of the mean and the variance costs two more passes.
+  The variance takes a second pass in fp32, unless products are rounded anyway; in bf16 it comes in the same pass as the mean, which
+  fuses into the product that made x. The gradient is written out: what automatic differentiation makes of the mean and the
+  variance costs two more passes.
   """
   return _layer_norm_forward(x, scale, bias, dtype)[0]
 
@@ -146,7 +147,7 @@ def normalize_layer(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: Any)
 def _layer_norm_forward(x, scale, bias, dtype):
   y = x.astype(jnp.float32)
   mean = y.mean(-1, keepdims=True)
-  if x.dtype == jnp.float32:
+  if x.dtype == jnp.float32 and not attention.rounded_products():
     variance = jnp.square(y - mean).mean(-1, keepdims=True)
   else:
     variance = jnp.maximum((y * y).mean(-1, keepdims=True) - mean * mean, 0)
