@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import beitv2_jax
-from beitv2_jax import api, checkpoint, config, optim, predict, robustness, sharding, tasks, train
+from beitv2_jax import api, checkpoint, config, optim, predict, probe, robustness, sharding, tasks, train
 from beitv2_jax.data import sources
 from beitv2_jax.errors import UserError
 from beitv2_jax.tasks import classify
@@ -220,3 +220,18 @@ def test_predicted_classes(tuned, tmp_path, capsys):
   best = json.loads(line)['classes']
   assert len(best) == 3 and best[0]['probability'] >= best[1]['probability'] and best[0]['name'].startswith('class ')
   assert '1.jpg does not decode' in out.err
+
+
+def test_one_command_probes_every_block(tuned, capsys, tmp_path):
+  args = ['--from', str(tuned[0]), '--data', 'fake:40', '--epochs', '3', '--shots', '1', '--attentive', '--views', '2']
+  assert probe.main([*args, '--json', f'{tmp_path}/p.json']) == 0
+  out = capsys.readouterr().out
+  assert out.count('\n') >= 6 and 'best linear probe' in out and 'k-NN' in out and 'attentive' in out
+  figures = json.loads((tmp_path / 'p.json').read_text())
+  assert np.shape(figures['layers']) == (3, 3) and figures['probe'] == np.max(figures['layers'])
+  assert probe.main([*args, '--untrained']) == 0
+  (tmp_path / 'flat').mkdir()
+  for i in range(4):
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / 'flat' / f'{i}.png')
+  assert probe.main(['--from', str(tuned[0]), '--data', f'folder:{tmp_path}/flat']) == 2
+  assert 'probes need labels' in capsys.readouterr().err

@@ -4,12 +4,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from beitv2_jax.models import layers, vit
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.layers import Execution
-from beitv2_jax.models.mim import MIM, mask_from_index
+from beitv2_jax.models.mim import MIM, code_loss, mask_from_index
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
 
@@ -138,3 +139,80 @@ def test_scanned_layers_drop_the_same_paths(remat):
   for a, b in zip(*outs):
     np.testing.assert_allclose(a, b, atol=1e-5)
   assert np.abs(outs[0][0] - module.apply(nn.unbox(variables), images, mask)[0]).max() > 1e-6  # something was dropped
+
+
+def values_and_gradients(f, *args):
+  """(f's value, gradients of a weighted sum of it)."""
+  y = f(*args)
+  w = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+  grads = jax.grad(lambda *a: (f(*a).astype(jnp.float32) * w).sum(), tuple(range(len(args))))(*args)
+  return [np.asarray(x, np.float32) for x in (y, *grads)]
+
+
+def close(ours, theirs, tolerance):
+  for a, b in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(a, b, atol=tolerance * max(np.abs(b).max(), 1e-6))
+
+
+def some(*shape, seed=0, dtype=jnp.float32):
+  return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def test_gelu():
+  x = jnp.linspace(-6, 6, 4001)
+  close(values_and_gradients(layers.gelu, x), values_and_gradients(lambda x: jax.nn.gelu(x, approximate=False), x), 1e-6)
+  low = x.astype(jnp.bfloat16)  # the polynomials' own error, seen before rounding
+  exact = low.astype(jnp.float32)
+  phi, slope = (layers._evaluate(f, exact) for f in (layers._PHI, layers._SLOPE))
+  np.testing.assert_allclose(phi, jax.scipy.stats.norm.cdf(exact), atol=3e-5)
+  np.testing.assert_allclose(slope, jax.vmap(jax.grad(lambda x: jax.nn.gelu(x, approximate=False)))(exact), atol=1.5e-4)
+  np.testing.assert_allclose([phi[0], phi[-1]], [0, 1], atol=1e-5)  # nothing is left in the tails
+  y = layers.gelu(low)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_allclose(y.astype(jnp.float32), jax.nn.gelu(exact, approximate=False), rtol=2**-8, atol=2e-4)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 2e-6), (jnp.bfloat16, 0.05)])
+def test_layer_norm_is_flaxs(dtype, tolerance):
+  x, scale, bias = 3 * some(4, 7, 24, dtype=dtype) + 2, 1 + 0.1 * some(24, seed=1), some(24, seed=2)
+  flax = nn.LayerNorm(1e-6, use_fast_variance=False)
+
+  def theirs(x, scale, bias):
+    return flax.apply({'params': dict(scale=scale, bias=bias)}, x.astype(jnp.float32))
+
+  ours = values_and_gradients(lambda *a: layers.normalize_layer(*a, dtype), x, scale, bias)
+  close(ours, values_and_gradients(theirs, x, scale, bias), tolerance)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-6), (jnp.bfloat16, 0.02)])
+def test_products_and_biases_with_gradients_of_their_own(dtype, tolerance):
+  x, kernel, bias = some(2, 9, 16, dtype=dtype), some(16, 12, seed=1, dtype=dtype), some(12, seed=2)
+  wide = lambda f: lambda *a: f(*(v.astype(jnp.float32) for v in a))
+  plain = wide(lambda x, kernel: jax.nn.gelu(x, approximate=False) @ kernel)
+  close(values_and_gradients(layers.gelu_product, x, kernel), values_and_gradients(plain, x, kernel), tolerance)
+  y = some(2, 9, 12, seed=3, dtype=dtype)
+  for by_product in (False, True):
+    ours = values_and_gradients(lambda y, b, p=by_product: layers.add_bias(y, b, p), y, bias)
+    close(ours, values_and_gradients(wide(lambda y, b: y + b), y, bias), tolerance)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02)])
+def test_code_loss_is_cross_entropy(dtype, tolerance):
+  products, bias = 2 * some(2, 3, 5, 11, dtype=dtype), some(11, seed=1)
+  labels = jax.random.randint(jax.random.key(4), (2, 3, 5), 0, 11)
+  plain = lambda p, b: optax.softmax_cross_entropy_with_integer_labels(p.astype(jnp.float32) + b, labels)
+  ours = values_and_gradients(lambda p, b: code_loss(p, b, labels)[0], products, bias)
+  close(ours, values_and_gradients(plain, products, bias), tolerance)
+  hits = code_loss(products, bias, labels)[1]
+  np.testing.assert_array_equal(hits, (products.astype(jnp.float32) + bias).argmax(-1) == labels)
+  tied = jnp.zeros((1, 4)), jnp.zeros(4)
+  assert [float(code_loss(*tied, jnp.array([i]))[1][0]) for i in range(4)] == [1, 0, 0, 0]  # the first of equals
+
+
+@pytest.mark.parametrize('grid', [(3, 3), (2, 5), (14, 14)])
+def test_spreading_a_bias_table_is_indexing_it(grid):
+  table = some(layers.table_size(grid), 2)
+  index = layers.relative_position_index(grid)
+  ours = values_and_gradients(lambda t: layers.spread_table(t, grid), table)
+  close(ours, values_and_gradients(lambda t: t[index].transpose(2, 0, 1), table), 1e-5)
+  np.testing.assert_array_equal(ours[0], np.asarray(table)[index].transpose(2, 0, 1))

@@ -128,3 +128,19 @@ def test_recipes_are_the_official_ones(name):
   for key, value in fields.items():
     assert flat[key] == pytest.approx(value), key
   assert c.data.crop_scale == ((0.08, 1.0) if name == 'vqkd' else (0.2, 1.0)) and c.optim.eps == 1e-8 and c.optim.b1 == 0.9
+
+
+def test_the_first_moment_in_bf16_follows_the_exact_one():
+  params = dict(w=jnp.ones((4, 8)))
+  paths = []
+  for kind in ('float32', 'bfloat16'):
+    tx = optim.scale_by_adam(0.9, 0.999, 1e-8, jnp.dtype(kind))
+    state, updates = tx.init(params), []
+    for i in range(20):
+      grads = dict(w=jax.random.normal(jax.random.key(i), (4, 8)))
+      update, state = tx.update(grads, state)
+      updates.append(update['w'])
+    assert state.mu['w'].dtype == kind and state.nu['w'].dtype == jnp.float32
+    paths.append(np.stack(updates))
+  np.testing.assert_allclose(paths[1], paths[0], atol=0.02)
+  assert np.abs(paths[1] - paths[0]).max() > 0

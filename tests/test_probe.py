@@ -39,3 +39,45 @@ def test_knn_by_hand():
   test = np.array([[2, 0.1], [0.1, 3], [0.0, -5]])
   assert probe.knn(train, labels, test, np.array([0, 1, 2]), k=1) == 100
   assert probe.knn(train, labels, test, np.array([0, 1, 0]), k=1) == pytest.approx(200 / 3)
+
+
+def test_knn_ties():
+  """Of images as near as each other the first counts; of classes with as many votes the first wins."""
+  train = np.array([[1.0, 0], [1.0, 0], [1.0, 0], [0, 1.0]])
+  test = np.array([[2.0, 0]])
+  for labels, k, winner in (([1, 0, 0, 2], 1, 1), ([1, 0, 0, 2], 2, 0), ([2, 1, 0, 0], 3, 0), ([1, 0, 0, 2], 3, 0)):
+    assert probe.knn(train, np.array(labels), test, np.array([winner]), k=k) == 100
+
+
+def test_layer_probes_find_the_block_and_the_pooling_that_knows():
+  x, y = blobs(300, 0)
+  test, test_y = blobs(120, 1)
+
+  def features(x, seed):
+    """Noise everywhere but in the second block's mean."""
+    f = np.random.default_rng(seed).normal(size=(len(x), 3, 2, 5)).astype(np.float32)
+    f[:, 1, 1] = x
+    return f
+
+  scores = probe.layer_probes(features(x, 5)[None], y, features(test, 6), test_y, epochs=60, batch=100, lr=0.05)
+  assert scores.shape == (3, 3) and scores[1, 1] > 90 and scores[1, 2] > 85
+  noise = np.delete(scores.ravel(), [4, 5])
+  assert noise.max() < 60
+
+
+def test_attentive_probe_finds_the_token_that_knows():
+  """The class stands in one token, at another place in every image; the mean over tokens drowns it in noise."""
+  x, y = blobs(400, 0, spread=0.2)
+  test, test_y = blobs(100, 1, spread=0.2)
+
+  def tokens(x, seed):
+    rng = np.random.default_rng(seed)
+    out = rng.normal(size=(len(x), 12, 6)).astype(np.float32) * 0.7
+    out[..., 5] = 0
+    place = rng.integers(0, 12, len(x))
+    out[np.arange(len(x)), place, :5] = 2 * x
+    out[np.arange(len(x)), place, 5] = 5  # a mark to find it by
+    return out
+
+  score = probe.attentive_probe(tokens(x, 2), y, tokens(test, 3), test_y, heads=1, epochs=60, batch=100, lr=0.02)
+  assert score > 85
