@@ -19,9 +19,6 @@ from tqdm import tqdm
 from beitv2_jax.errors import UserError
 from beitv2_jax.main import entry, given_config, use_compilation_cache
 
-_FROM = flags.DEFINE_string('from', None, 'Workdir of a classifier, or an imported one.')
-_JSON = flags.DEFINE_string('json', None, 'Also write the figures there.')
-
 
 def imagenet_classes() -> list[str]:
   """The WordNet ids of ImageNet-1k in the order of its labels (tensorflow-datasets carries the list)."""
@@ -117,16 +114,19 @@ def run(model: Any, c: Any) -> dict[str, dict]:
 def main(_) -> None:
   from beitv2_jax import api
 
-  if not _FROM.value:
+  given = flags.FLAGS
+  if not given['from'].value:
     raise UserError('give --from=DIR: the workdir of a classifier, or an imported one.')
   use_compilation_cache()
-  out = run(api.load(_FROM.value), given_config())
+  out = run(api.load(given['from'].value), given_config())
   print('set        images  classes   top-1   top-5')
   for name, r in out.items():
     print(f'{name:10s}{r["images"]:7,d}{r.get("classes", ""):>9}{r["acc1"]:8.2f}' + (f'{r["acc5"]:8.2f}' if 'acc5' in r else ''))
-  if _JSON.value:
-    Path(_JSON.value).write_text(json.dumps(out, indent=2))
+  if given.json:
+    Path(given.json).write_text(json.dumps(out, indent=2))
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('from', None, 'Workdir of a classifier, or an imported one.')
+  flags.DEFINE_string('json', None, 'Also write the figures there.')
   sys.exit(entry(main))
