@@ -91,6 +91,10 @@ def abstract_batch(c: Any, mesh: Any, part: str) -> dict[str, jax.ShapeDtypeStru
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   like = lambda shape, dtype: jax.ShapeDtypeStruct((c.batch_size, *shape), dtype, sharding=split)
   batch = {'image': like(config_lib.image_shape(c), jnp.uint8)}
+  if c.task == 'classifier':
+    batch['label'] = like((), jnp.int32)
+  if c.task == 'segmenter':
+    batch['mask'] = like(config_lib.image_shape(c)[:2], jnp.uint8)
   if 'mask' in c:
     batch['mask_index'] = like((c.mask.count,), jnp.int32)
     if part == 'student':

@@ -40,6 +40,23 @@ def pretraining_model(m: Any, patches: int, masked: int) -> float:
   return embed + vit(m.width, m.depth + m.head_layers, patches + 1, m.mlp_ratio) + branches * linear(masked, m.width, m.vocab)
 
 
+def classifier(m: Any, patches: int) -> float:
+  embed = linear(patches, 3 * m.patch_size**2, m.width)
+  return embed + vit(m.width, m.depth, patches + 1, m.mlp_ratio) + linear(1, m.width, m.classes)
+
+
+def segmenter(m: Any, patches: int) -> float:
+  """Backbone, pyramid and both heads. Resizing and pooling do not count."""
+  backbone = linear(patches, 3 * m.patch_size**2, m.width) + vit(m.width, m.depth, patches + 1, m.mlp_ratio)
+  d, c, cells = m.width, m.channels, [16 * patches, 4 * patches, patches, patches / 4]
+  pyramid = linear(patches, d, 4 * d) + linear(4 * patches, d, 4 * d) + linear(patches, d, 4 * d)
+  pooled = sum(linear(s * s, d, c) for s in m.pool_scales) + linear(cells[3], 9 * (d + len(m.pool_scales) * c), c)
+  maps = sum(linear(n, d, c) + linear(n, 9 * c, c) for n in cells[:3])
+  head = linear(cells[0], 9 * 4 * c, c) + linear(cells[0], c, m.classes)
+  aux = linear(patches, 9 * d, m.aux_channels) + linear(patches, m.aux_channels, m.classes)
+  return backbone + pyramid + pooled + maps + head + aux
+
+
 def per_image(c: Any, tokenizer: Any = None) -> dict[str, float]:
   """{part: operations of one training step for one image} of a config.
 
@@ -58,4 +75,8 @@ def per_image(c: Any, tokenizer: Any = None) -> dict[str, float]:
       m = m.unlock()
       m.vocab = frozen.codes
     return {'student': 3 * pretraining_model(m, patches, c.mask.count), 'tokenizer': tokenizer_codes(frozen, patches)}
+  if c.task in ('classifier', 'segmenter'):
+    m = m.copy_and_resolve_references().unlock()
+    m.classes = m.classes or 1000
+    return {'student': 3 * {'classifier': classifier, 'segmenter': segmenter}[c.task](m, patches)}
   raise ValueError(f'no formula for the task {c.task!r}')

@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from beitv2_jax import aot, hlo, sharding
+from beitv2_jax import aot, flops, hlo, sharding
 from beitv2_jax.errors import UserError
-from configs import beitv2_b16, vqkd_b16
+from configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
 PROGRAM = """HloModule jit_step
 
@@ -78,3 +78,14 @@ def test_errors():
   with pytest.raises(UserError, match='does not divide over 8 chips'):
     aot.lower(c, jax.devices(), 'step')
   assert sharding.make_mesh(2, 1, jax.devices()).size == 2
+
+
+@pytest.mark.parametrize('recipe, batch', [(finetune_b16, 64), (ade20k_b16, 16)])
+def test_downstream_steps_lower_too(recipe, batch):
+  c = recipe.get_config().unlock()
+  c.batch_size, c.model.depth = batch, 2
+  if 'out_indices' in c.model:
+    c.model.out_indices = (0, 0, 1, 1)
+  lowered, _, _ = aot.lower(c, jax.devices(), 'step')
+  assert 'stablehlo' in lowered.as_text()[:20_000]
+  assert flops.per_image(c)['student'] > 1e9

@@ -6,12 +6,12 @@ import pytest
 
 from beitv2_jax import api, flops
 from beitv2_jax import config as config_lib
-from configs import beitv2_b16, vqkd_b16
+from configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
 
-def counted(module, *args, **kwargs):
+def counted(module, *args, size=224, **kwargs):
   """Operations of one forward pass of the module, by XLA, for one image."""
-  x = jnp.zeros((1, 224, 224, 3))
+  x = jnp.zeros((1, size, size, 3))
   variables = jax.eval_shape(module.init, jax.random.key(0), x)
   run = lambda v, x, *a: module.apply(v, x, *a, **kwargs)
   return jax.jit(run).lower(variables, x, *args).cost_analysis()['flops']
@@ -30,6 +30,18 @@ def test_formulas_are_what_xla_counts(stage):
     formula = flops.pretraining_model(c.model, 196, 75)
     measured = counted(api.build(c), None, jnp.zeros((1, 75), jnp.int32))
   assert formula < measured < 1.04 * formula  # the rest is norms, softmax, GELU
+
+
+@pytest.mark.parametrize(
+  'recipe, size, formula, slack', [(finetune_b16, 224, flops.classifier, 1.04), (ade20k_b16, 512, flops.segmenter, 1.1)]
+)
+def test_downstream_formulas_too(recipe, size, formula, slack):
+  c = recipe.get_config().unlock()
+  c.dtype = 'float32'
+  c.model.classes = c.model.classes or 1000
+  needed = formula(c.model, (size // 16) ** 2)
+  measured = counted(api.build(c), size=size)
+  assert needed < measured < slack * needed  # resizing by matrices is most of the rest in a segmenter
 
 
 def test_a_step():
