@@ -168,7 +168,7 @@ def test_parameter_counts_at_384(monkeypatch):
   c = finetune_b16.get_config('size=384').unlock()
   task, _ = classify.make(c)
   shapes = sharding.unbox(jax.eval_shape(task.init, jax.random.key(0)))
-  assert sum(x.size for x in jax.tree.leaves(shapes['params'])) == 86_744_104  # SPEC: base at 384, 1000 classes
+  assert sum(x.size for x in jax.tree.leaves(shapes['params'])) == 86_744_104  # as timm counts them
   assert optim.layer_scales(shapes['params'], 0.6)['backbone']['patch_embed']['kernel'] == pytest.approx(0.00130607, rel=1e-5)
 
 
@@ -186,7 +186,7 @@ def test_subset_of_classes_is_judged_among_itself(tuned, tmp_path):
 
 
 def test_the_official_subsets_come_from_the_folder_names():
-  """ImageNet-A's and -R's index lists, as the official code has them (counts and sums of the lists in SPEC 4.6)."""
+  """The official index list of ImageNet-A begins with these numbers."""
   wnids = robustness.imagenet_classes()
   assert len(wnids) == 1000 and wnids == sorted(wnids)
   first = [wnids[i] for i in (6, 11, 13, 15, 17)]  # the first five of ImageNet-A

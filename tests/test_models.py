@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from beitv2_jax.models import layers, vit
+from beitv2_jax.models import functions, layers, vit
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.mim import MIM, code_loss, mask_from_index
@@ -160,14 +160,14 @@ def some(*shape, seed=0, dtype=jnp.float32):
 
 def test_gelu():
   x = jnp.linspace(-6, 6, 4001)
-  close(values_and_gradients(layers.gelu, x), values_and_gradients(lambda x: jax.nn.gelu(x, approximate=False), x), 1e-6)
+  close(values_and_gradients(functions.gelu, x), values_and_gradients(lambda x: jax.nn.gelu(x, approximate=False), x), 1e-6)
   low = x.astype(jnp.bfloat16)  # the polynomials' own error, seen before rounding
   exact = low.astype(jnp.float32)
-  phi, slope = (layers._evaluate(f, exact) for f in (layers._PHI, layers._SLOPE))
+  phi, slope = (functions._evaluate(f, exact) for f in (functions._PHI, functions._SLOPE))
   np.testing.assert_allclose(phi, jax.scipy.stats.norm.cdf(exact), atol=3e-5)
   np.testing.assert_allclose(slope, jax.vmap(jax.grad(lambda x: jax.nn.gelu(x, approximate=False)))(exact), atol=1.5e-4)
   np.testing.assert_allclose([phi[0], phi[-1]], [0, 1], atol=1e-5)  # nothing is left in the tails
-  y = layers.gelu(low)
+  y = functions.gelu(low)
   assert y.dtype == jnp.bfloat16
   np.testing.assert_allclose(y.astype(jnp.float32), jax.nn.gelu(exact, approximate=False), rtol=2**-8, atol=2e-4)
 
@@ -180,7 +180,7 @@ def test_layer_norm_is_flaxs(dtype, tolerance):
   def theirs(x, scale, bias):
     return flax.apply({'params': dict(scale=scale, bias=bias)}, x.astype(jnp.float32))
 
-  ours = values_and_gradients(lambda *a: layers.normalize_layer(*a, dtype), x, scale, bias)
+  ours = values_and_gradients(lambda *a: functions.normalize_layer(*a, dtype), x, scale, bias)
   close(ours, values_and_gradients(theirs, x, scale, bias), tolerance)
 
 
@@ -189,10 +189,10 @@ def test_products_and_biases_with_gradients_of_their_own(dtype, tolerance):
   x, kernel, bias = some(2, 9, 16, dtype=dtype), some(16, 12, seed=1, dtype=dtype), some(12, seed=2)
   wide = lambda f: lambda *a: f(*(v.astype(jnp.float32) for v in a))
   plain = wide(lambda x, kernel: jax.nn.gelu(x, approximate=False) @ kernel)
-  close(values_and_gradients(layers.gelu_product, x, kernel), values_and_gradients(plain, x, kernel), tolerance)
+  close(values_and_gradients(functions.gelu_product, x, kernel), values_and_gradients(plain, x, kernel), tolerance)
   y = some(2, 9, 12, seed=3, dtype=dtype)
   for by_product in (False, True):
-    ours = values_and_gradients(lambda y, b, p=by_product: layers.add_bias(y, b, p), y, bias)
+    ours = values_and_gradients(lambda y, b, p=by_product: functions.add_bias(y, b, p), y, bias)
     close(ours, values_and_gradients(wide(lambda y, b: y + b), y, bias), tolerance)
 
 

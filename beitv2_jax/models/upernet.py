@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.models.layers import Execution, gelu, uniform
+from beitv2_jax.models.functions import gelu
+from beitv2_jax.models.layers import Execution, uniform
 from beitv2_jax.models.vit import ViT
 
 
