@@ -132,6 +132,8 @@ def _write_beside(target: Path, write: Callable[[Path], None], folder: bool = Tr
   try:
     write(path)
     path.chmod(0o755 if folder else 0o644)
+    for file in path.glob('*.safetensors') if folder else ():
+      file.chmod(0o644)  # the library writes them for the owner alone
     path.rename(target)
   finally:
     shutil.rmtree(beside, ignore_errors=True)

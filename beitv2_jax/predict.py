@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--top', type=int, default=5, help='classes an image')
   parser.add_argument('--crop-pct', type=float, default=0.875)
   parser.add_argument('--batch', type=int, default=32)
-  parser.add_argument('--out', type=Path, default=Path('predictions'), help='folder for masks and overlays')
+  parser.add_argument('--out', type=Path, default=Path('runs/predictions'), help='folder for masks and overlays (runs/predictions)')
   parser.add_argument('--mode', choices=('slide', 'whole'), default='slide')
   parser.add_argument('--flip', action='store_true', help='average with the mirrored image')
   args = parser.parse_args(argv)

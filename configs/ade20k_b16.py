@@ -60,6 +60,6 @@ def recipe(arg, size, recipes):
     source = c.data.source
     config.smoke(c)
     c.data.update(source=source, image_size=32)
-    c.model.update(width=32, depth=4, heads=2, patch_size=8, channels=32, aux_channels=16, out_indices=(0, 1, 2, 3))
+    c.model.update(width=32, depth=3, heads=2, patch_size=8, channels=32, aux_channels=16, out_indices=(0, 1, 1, 2))
     c.update(batch_size=4, eval_batch_size=4, eval_every=0)
   return c.lock()

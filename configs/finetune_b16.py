@@ -41,6 +41,8 @@ def recipe(arg, size, recipes, timm_crop):
   which = 'in21k' if arg.data == 'in21k' else arg.pretrained
   if which not in recipes or arg.data not in ('in1k', 'in21k') or arg.crop not in ('official', 'timm'):
     raise UserError('recipe arguments: pretrained=300, 1600 or 21k; data=in1k or in21k; crop=official or timm.')
+  if arg.size % 16 or arg.size < 32:
+    raise UserError(f'recipe argument size={arg.size}: a multiple of 16, such as 224, 384 or 512.')
   lr, epochs, warmup, layer_decay, drop_path, mixup, cutmix = recipes[which]
   c = config.base('classifier').unlock()
   c.batch_size = 4096 if arg.data == 'in21k' else 1024

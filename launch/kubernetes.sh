@@ -102,6 +102,7 @@ case "$command" in
   start)
     if [ -z "$image" ] || [ -z "$claim" ]; then echo 'error: start needs --image and --claim' >&2; exit 2; fi
     [ $# -gt 0 ] || { echo 'error: give the training arguments after --' >&2; exit 2; }
+    case " $*" in *' --workdir='*) ;; *) echo 'error: give --workdir=/data/..., among the training arguments' >&2; exit 2 ;; esac
     text=$(manifest "$@")
     if [ -n "$dry" ]; then echo "$text"; else kubectl apply -f - <<< "$text"; fi ;;
   log) run kubectl logs -f -l "jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0" --tail=50 ;;

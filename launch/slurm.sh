@@ -22,6 +22,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ $# -gt 0 ] || { echo "error: give the training arguments after --, such as -- --config=configs/vqkd_b16.py --workdir=DIR" >&2; exit 2; }
+case " $*" in *' --workdir='*) ;; *) echo 'error: give --workdir=DIR, on a file system that all nodes see, among the training arguments' >&2; exit 2 ;; esac
 [ -n "$dry" ] || [ -x .venv/bin/python ] || { echo 'error: no .venv here; run make in the root of the repository first' >&2; exit 2; }
 
 job() {

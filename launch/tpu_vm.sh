@@ -13,10 +13,10 @@ set -euo pipefail
 
 usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -gt 0 ] || usage
-command=$1; shift
-name='' zone='' type='' version='' spot='' dry=''
+command='' name='' zone='' type='' version='' spot='' dry=''
 while [ $# -gt 0 ]; do
   case "$1" in
+    create|install|start|log|resume|delete) command=$1; shift ;;
     --name) name=$2; shift 2 ;;
     --zone) zone=$2; shift 2 ;;
     --type) type=$2; shift 2 ;;
@@ -27,6 +27,7 @@ while [ $# -gt 0 ]; do
     *) echo "error: unknown option $1" >&2; usage ;;
   esac
 done
+[ -n "$command" ] || usage
 if [ -z "$name" ] || [ -z "$zone" ]; then echo 'error: give --name and --zone' >&2; exit 2; fi
 
 run() {
@@ -52,6 +53,7 @@ install() {
 }
 start() {
   [ $# -gt 0 ] || { echo 'error: give the training arguments after --' >&2; exit 2; }
+  case " $*" in *' --workdir='*) ;; *) echo 'error: give --workdir=DIR, which all hosts mount, among the training arguments' >&2; exit 2 ;; esac
   local args
   args=$(printf ' %q' "$@")
   everywhere "cd beitv2_jax && nohup .venv/bin/python -m beitv2_jax.main --distributed$args > train.log 2>&1 < /dev/null &"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import beitv2_jax
-from beitv2_jax import api, checkpoint, config, optim, predict, probe, robustness, sharding, tasks, train
+from beitv2_jax import api, checkpoint, config, metrics, optim, predict, probe, robustness, sharding, tasks, train
 from beitv2_jax.data import sources
 from beitv2_jax.errors import UserError
 from beitv2_jax.tasks import classify
@@ -89,6 +89,13 @@ def test_it_trains_and_keeps_an_average_of_its_weights(tuned):
   assert np.abs(a - b).max() > 0
   images = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), np.uint8)
   assert model.logits(images).shape == (2, 10) and model.config.class_names[3] == 'class 3'
+
+
+def test_the_first_loss_is_that_of_a_guess(tuned):
+  """The head starts at a thousandth: log 10 whatever the targets are mixed of."""
+  first = metrics.read(tuned[0])[0]
+  assert first['step'] == 1 and first['loss'] == pytest.approx(np.log(10), abs=2e-3)
+  assert finetune_l16.get_config('smoke').model.width == 32  # shrinks itself
 
 
 def test_the_average_is_a_running_one(stages):

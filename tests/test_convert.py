@@ -187,6 +187,7 @@ def test_a_stage_trained_here_goes_to_hugging_face(tmp_path):
   assert convert.main(['export', '--from', f'{tmp_path}', '--to', f'{tmp_path}/hf', '--to-format', 'hf']) == 0
   theirs = json.loads((tmp_path / 'hf' / 'config.json').read_text())
   assert theirs['use_shared_relative_position_bias'] and not theirs['use_absolute_position_embeddings']
+  assert (tmp_path / 'hf' / 'model.safetensors').stat().st_mode & 0o044  # others may read it
 
 
 def test_a_segmenter_comes_back_from_hugging_face(tmp_path):

@@ -207,7 +207,7 @@ def test_sizes_devices_and_starting_points(trained, folder, tmp_path):
 
   a, b = ([r['loss'] for r in metrics.read(tmp_path / str(d))] for d in (1, 8))
   np.testing.assert_allclose(a, b, rtol=1e-4)
-  with pytest.raises(UserError, match='depth 4 there, 5 here'):
+  with pytest.raises(UserError, match='depth 3 there, 5 here'):
     train.run(recipe(folder, init_from=str(trained[0]), model__depth=5), tmp_path / 'x')
   with pytest.raises(UserError, match='names 3 classes, model.classes is 4'):
     train.run(recipe(folder, model__classes=4), tmp_path / 'y')
@@ -224,3 +224,4 @@ def test_recipes_and_their_schedule():
     assert float(schedule(0)) == pytest.approx(lr * 1e-6, rel=1e-3)
     assert float(schedule(750)) == pytest.approx(lr * (1 - 750 / 160_000) * (1 - 0.5 * (1 - 1e-6)), rel=1e-5)
     assert float(schedule(80_000)) == pytest.approx(lr / 2, rel=1e-5)
+  assert ade20k_l16.get_config('smoke').model.width == 32  # shrinks itself

@@ -112,8 +112,8 @@ class Labels:
     if (out[~none] >= self.classes).any():
       worst = int(mask[~none].max())
       raise UserError(
-        f'a mask holds {worst}, but there are {self.classes} classes{" counted from 1" * self.reduce_zero}; set model.classes, or add it to labels.ignore '
-        'if it means no class.'
+        f'a mask holds {worst}, but there are {self.classes} classes{" counted from 1" * self.reduce_zero}. Set model.classes, or, if it means no class, '
+        f'--config.labels.ignore="({worst},255)".'
       )
     if mask.shape != record['image'].shape[:2]:
       raise UserError(f'a mask is {mask.shape[0]}x{mask.shape[1]}, its image {record["image"].shape[0]}x{record["image"].shape[1]}.')

@@ -33,7 +33,7 @@ def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]
       raise UserError(f'{c.data.source} has no labels; classification needs class folders, or a list with labels.')
     if c.model.classes not in (0, len(source.classes)):
       raise UserError(
-        f'model.classes={c.model.classes}, but {c.data.source} has {len(source.classes)} classes; leave it 0 to take them from there.'
+        f'model.classes={c.model.classes}, but data.source={c.data.source} has {len(source.classes)} classes; leave it 0 to take them from there.'
       )
     c.model.classes, c.class_names = len(source.classes), tuple(source.classes)
   c.model.classes = c.model.classes or 1000
@@ -71,7 +71,9 @@ def check_sizes(theirs: Any, ours: Any) -> None:
     if ours.model[k] != v
   ]
   if wrong:
-    raise UserError(f'init_from={ours.init_from} is another model: {"; ".join(wrong)}.')
+    raise UserError(
+      f'init_from={ours.init_from} holds a {theirs.task} stage of another model: {"; ".join(wrong)}. Set model.* to its sizes.'
+    )
 
 
 def fresh_where_missing(given: dict, fresh: dict, fresh_parts: tuple[str, ...]) -> dict:

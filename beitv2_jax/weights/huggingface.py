@@ -113,6 +113,7 @@ def convert(kind: str, c: Any, state: State, grid: tuple[int, int]) -> tuple[Sta
   abs_pos = m.get('abs_pos', False)
   rel_pos = m.get('rel_pos', 'shared' if kind == 'pretrain' else 'per_block')  # a recipe leaves out what its model has by default
   classes = m.get('classes', 2)
+  names = list(c.get('class_names') or ()) or [f'LABEL_{i}' for i in range(classes)]
   config = dict(
     architectures=[ARCHITECTURES[kind]],
     model_type='beit',
@@ -134,8 +135,8 @@ def convert(kind: str, c: Any, state: State, grid: tuple[int, int]) -> tuple[Sta
     layer_scale_init_value=m.layer_scale,
     drop_path_rate=0.0,
     use_mean_pooling=m.get('mean_pooling', True),
-    id2label={str(i): f'LABEL_{i}' for i in range(classes)},
-    label2id={f'LABEL_{i}': i for i in range(classes)},
+    id2label={str(i): name for i, name in enumerate(names)},
+    label2id={name: i for i, name in enumerate(names)},
   )
   size = dict(height=config['image_size'], width=config['image_size'])
   preprocessor = dict(
