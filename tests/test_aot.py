@@ -89,3 +89,22 @@ def test_downstream_steps_lower_too(recipe, batch):
   lowered, _, _ = aot.lower(c, jax.devices(), 'step')
   assert 'stablehlo' in lowered.as_text()[:20_000]
   assert flops.per_image(c)['student'] > 1e9
+
+
+def test_every_call_of_a_kernel_counts():
+  """The compiler keeps one of equal kernels; a loop's turns and the images of each call multiply its schedule."""
+  call = (
+    '%attention.{n} = bf16[4,8]{{1,0}} custom-call(%a), custom_call_target="tpu_custom_call", operand_layout_constraints={{bf16[4,8]{{1,0}}}}, '
+    'frontend_attributes={{kernel_metadata={{\n"turns":"4"\n}}}}, metadata={{op_name="x"}}, backend_config={{"custom_call_config":{{"body":"{body}"}}}}\n'
+  )
+  lines = [f'  {call.format(n=n, body=body)}' for n, body in ((1, 'AA'), (2, 'AA'), (3, 'BB'))]
+  text = 'ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {\n  %a = bf16[4,8]{1,0} parameter(0)\n' + ''.join(lines) + '}\n'
+  asked = []
+
+  def cycles(names, turns, moved):
+    asked.append((names, turns, moved))
+    return 100 * turns if 'attention.2' in names else None
+
+  program = hlo.Program(text, cycles)
+  assert asked == [(['attention.1', 'attention.2'], 4, 128)] * 2 + [(['attention.3'], 4, 128)]
+  assert program.cycles() == 800 and program.without_estimate() == {'custom-call': 1}
