@@ -15,14 +15,7 @@ import numpy as np
 from PIL import Image
 
 from beitv2_jax.errors import UserError, one_line
-
-
-def names_of(config: Any) -> list[str]:
-  from beitv2_jax.robustness import model_classes
-
-  if config.task == 'classifier':
-    return model_classes(config)
-  return list(config.get('class_names') or ()) or [str(i) for i in range(config.model.classes)]
+from beitv2_jax.robustness import model_classes
 
 
 def classes(model: Any, paths: list[Path], top: int = 5, crop_pct: float = 0.875, batch: int = 32):
@@ -30,7 +23,7 @@ def classes(model: Any, paths: list[Path], top: int = 5, crop_pct: float = 0.875
   from beitv2_jax import api
   from beitv2_jax.tokenize import prepared
 
-  names = names_of(model.config)
+  names = model_classes(model.config)
   for files, images in prepared(paths, model.config.data.image_size, batch, crop_pct):
     probabilities = np.asarray(jax.nn.softmax(api.in_batches(model.logits, images, batch=batch)))
     for file, p in zip(files, probabilities):
@@ -51,7 +44,7 @@ def masks(model: Any, paths: list[Path], out: Path, mode: str = 'slide', flip: b
   from beitv2_jax import segmentation
   from beitv2_jax.data import transforms
 
-  names, colours = names_of(model.config), palette(model.config.model.classes)
+  names, colours = model_classes(model.config), palette(model.config.model.classes)
   out.mkdir(parents=True, exist_ok=True)
   for path in paths:
     try:

@@ -44,7 +44,7 @@ def class_subset(classes: list[str], model_classes: list[str]) -> np.ndarray:
 
 
 def model_classes(config: Any) -> list[str]:
-  """The names that a classifier was trained with; ImageNet-1k's for an imported one of 1,000 classes."""
+  """The class names that a model was trained with; ImageNet-1k's for an imported one of 1,000 classes, or else numbers."""
   names = list(config.get('class_names') or ())
   if names:
     return names

@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
   from beitv2_jax import api
   from beitv2_jax.data import sources
   from beitv2_jax.main import use_compilation_cache
+  from beitv2_jax.robustness import model_classes
   from beitv2_jax.tasks import segment
 
   parser = argparse.ArgumentParser(
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     scales=args.scales,
     flip=args.flip,
   )
-  names = c.get('class_names') or [str(i) for i in range(len(result['iou']))]
+  names = model_classes(c)
   for name, iou in zip(names, result['iou']):
     print(f'{name:24s} IoU {iou:6.2f}' if np.isfinite(iou) else f'{name:24s} IoU  nowhere')
   print(f'mIoU {result["miou"]:.2f}  mAcc {result["macc"]:.2f}  aAcc {result["aacc"]:.2f}')
