@@ -72,7 +72,7 @@ def base(task: str) -> ConfigDict:
     dict(
       scan=False,  # compile one block and loop over it: compiles faster, may run slower
       remat='none',  # what the backward pass computes again to save memory: 'none', 'dots' (attention, GELU), 'full'
-      attention='auto',  # 'xla', 'pallas' (one fused kernel), or 'auto': the kernel on TPUs, where it fits
+      attention='auto',  # 'xla', 'tpu' or 'gpu' (fused kernels), or 'auto': the chip's kernel where it fits
     )
   )
   c.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
@@ -162,8 +162,8 @@ def check(c: ConfigDict) -> None:
     raise UserError(f'batch_size={c.batch_size} does not divide into accumulate={c.accumulate} parts on {data} data devices.')
   if c.layers.remat not in ('none', 'dots', 'full'):
     raise UserError(f"layers.remat={c.layers.remat!r}; use 'none', 'dots' or 'full'.")
-  if c.layers.attention not in ('auto', 'xla', 'pallas'):
-    raise UserError(f"layers.attention={c.layers.attention!r}; use 'auto', 'xla' or 'pallas'.")
+  if c.layers.attention not in ('auto', 'xla', 'tpu', 'gpu'):
+    raise UserError(f"layers.attention={c.layers.attention!r}; use 'auto', 'xla', 'tpu' or 'gpu'.")
   if c.data.resize not in ('fast', 'pillow'):
     raise UserError(f"data.resize={c.data.resize!r}; use 'fast' or 'pillow'.")
   if c.optim.schedule not in ('cosine', 'linear'):

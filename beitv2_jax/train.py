@@ -17,7 +17,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import UserError
 from beitv2_jax.metrics import Metrics
-from beitv2_jax.models import attention
+from beitv2_jax.models import attention, chip, functions
 
 
 class TrainState(NamedTuple):
@@ -150,8 +150,10 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   for change in changed:
     metrics.say(f'warning: the run began with another config; {change}')
 
-  if refused := attention.check():
-    metrics.say(f'warning: the attention kernel does not work on this chip ({refused}); taking plain XLA.')
+  attention.check()
+  functions.check()
+  for kernel, why in chip.refused.items():
+    metrics.say(f'warning: our {kernel} kernel does not work on this chip ({why}); taking plain XLA, which is slower.')
   frozen = sharding.put_replicated(frozen, mesh)
   batches = pipeline.train_batches(
       opened['train'], transforms['train'], seed=c.seed, batch=c.batch_size, start=start, workers=c.data.workers,

@@ -1,7 +1,7 @@
 """One training step of ours against PyTorch, side by side: same sizes, same batch, same data type, taking turns.
 
   python benchmarks/steps.py --model mim-base --batch 4                       two CPU cores, fp32
-  python benchmarks/steps.py --model mim-base --batch 128 --dtype bfloat16    on a GPU: JAX and torch must both see it
+  python benchmarks/steps.py --model mim-base --batch 128 --dtype bfloat16 --group 10    on a GPU: JAX and torch must both see it
 
 The PyTorch side is made of timm's BEiT blocks (fused attention with the position bias as its mask), transformers' CLIP and torch's
 fused AdamW, eager and compiled: what somebody would write today. Both sides make the images' codes or teacher features inside the step
@@ -22,6 +22,19 @@ SIDES = ('ours', 'torch', 'torch-compile')
 MODELS = ('vqkd-base', 'mim-base', 'mim-large')
 
 
+def timed(args, step) -> list[float]:
+  """Seconds a step: the first two one by one (they compile), then `steps` groups of `group`, each group's loss read at its end."""
+  times = []
+  for count in [1, 1] + [args.group] * args.steps:
+    start = time.monotonic()
+    for _ in range(count):
+      loss = step()
+    loss = float(loss)  # waits for the device
+    times.append((time.monotonic() - start) / count)
+  assert loss == loss
+  return times
+
+
 def ours(args) -> list[float]:
   import jax
   import numpy as np
@@ -33,7 +46,7 @@ def ours(args) -> list[float]:
   use_compilation_cache()
   c = {'vqkd-base': vqkd_b16, 'mim-base': beitv2_b16, 'mim-large': beitv2_l16}[args.model].get_config().unlock()
   c.dtype = c.tokenizer_dtype = args.dtype
-  c.batch_size = args.batch
+  c.batch_size, c.layers.attention = args.batch, args.attention
   rng = np.random.default_rng(0)
   task, frozen = tasks.make(c, abstract=True)
   frozen = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), frozen)
@@ -45,16 +58,23 @@ def ours(args) -> list[float]:
   if 'mask' in c:
     batch['mask_index'] = np.stack([np.sort(rng.permutation(196)[:75]) for _ in range(args.batch)]).astype(np.int32)
   batch = sharding.put_batch(batch, mesh)
-  step = jax.jit(train.make_train_step(task, tx, schedule), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-  times = []
+  key = jax.random.key(1)
+  update = jax.jit(train.make_train_step(task, tx, schedule), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+  gflop = sum(flops.per_image(c).values()) / 1e9
+  print(f'GFLOP an image: {gflop:.0f}', file=sys.stderr)
+
+  def step():
+    nonlocal state
+    state, values = update(state, frozen, batch, key)
+    return values['loss']
+
   with jax.set_mesh(mesh):
-    for _ in range(args.steps + 2):
-      start = time.monotonic()
-      state, values = step(state, frozen, batch, jax.random.key(1))
-      loss = float(values['loss'])
-      times.append(time.monotonic() - start)
-  assert np.isfinite(loss)
-  print(f'GFLOP an image: {sum(flops.per_image(c).values()) / 1e9:.0f}', file=sys.stderr)
+    times = timed(args, step)
+    if args.profile:
+      with jax.profiler.trace(args.profile):
+        for _ in range(5):
+          loss = step()
+        jax.block_until_ready(loss)
   return times
 
 
@@ -171,9 +191,8 @@ def theirs(args, compiled: bool) -> list[float]:
   loss = torch.compile(model.loss) if compiled else model.loss
   images = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=device)
   index = torch.stack([torch.randperm(196)[:75].sort().values for _ in range(args.batch)]).to(device)
-  times = []
-  for _ in range(args.steps + 2):
-    start = time.monotonic()
+
+  def step():
     with torch.autocast(device, torch.bfloat16, enabled=args.dtype == 'bfloat16'):
       value = loss(images.float() / 255, index)
     value.backward()
@@ -181,9 +200,9 @@ def theirs(args, compiled: bool) -> list[float]:
       torch.nn.utils.clip_grad_norm_(params, 3.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    float(value)  # waits for the device
-    times.append(time.monotonic() - start)
-  return times
+    return value.detach()
+
+  return timed(args, step)
 
 
 def main() -> None:
@@ -191,7 +210,10 @@ def main() -> None:
   parser.add_argument('--model', choices=MODELS, default='mim-base')
   parser.add_argument('--batch', type=int, default=4)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
-  parser.add_argument('--steps', type=int, default=5, help='timed steps; two more come first')
+  parser.add_argument('--steps', type=int, default=5, help='timed groups of steps; two steps come first')
+  parser.add_argument('--group', type=int, default=1, help='steps in a group: more than one lets Python run ahead of the device')
+  parser.add_argument('--attention', default='auto', help='ours: layers.attention')
+  parser.add_argument('--profile', metavar='DIR', help='ours: a trace of five steps')
   parser.add_argument('--rounds', type=int, default=2)
   parser.add_argument('--sides', nargs='+', choices=SIDES, default=SIDES)
   parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
@@ -203,7 +225,9 @@ def main() -> None:
   for _ in range(args.rounds):
     for side in args.sides:
       command = [sys.executable, __file__, *sys.argv[1:], '--side', side]
-      env = os.environ | dict(PYTHONPATH=os.getcwd(), XLA_PYTHON_CLIENT_PREALLOCATE='false')
+      env = os.environ | dict(
+        PYTHONPATH=os.pathsep.join([os.getcwd(), os.environ.get('PYTHONPATH', '')]), XLA_PYTHON_CLIENT_PREALLOCATE='false'
+      )
       out = json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1])
       median = statistics.median(out['steps'])
       print(f'{side:14s} {median:8.3f} s a step, {args.batch / median:9.2f} images/s (first step {out["first"]:.1f} s)', flush=True)

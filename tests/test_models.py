@@ -1,5 +1,7 @@
 """Sizes, initial distributions and the mathematics of the layers, against the published description and hand-made numbers."""
 
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from beitv2_jax.models import functions, layers, vit
+from beitv2_jax import sharding
+from beitv2_jax.models import functions, layers, norm_gpu, vit
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.mim import MIM, code_loss, mask_from_index
@@ -180,8 +183,33 @@ def test_layer_norm_is_flaxs(dtype, tolerance):
   def theirs(x, scale, bias):
     return flax.apply({'params': dict(scale=scale, bias=bias)}, x.astype(jnp.float32))
 
-  ours = values_and_gradients(lambda *a: functions.normalize_layer(*a, dtype), x, scale, bias)
+  ours = values_and_gradients(lambda *a: functions.normalize_layer(*a, dtype)[1], x, scale, bias)
   close(ours, values_and_gradients(theirs, x, scale, bias), tolerance)
+
+
+def test_layer_norm_kernel_for_gpus(monkeypatch):
+  """Interpreted, images split over four devices: the gradients of the plain version, with what comes past the norm added."""
+  x, scale, bias = 3 * some(8, 21, 24) + 2, 1 + 0.1 * some(24, seed=1), some(24, seed=2)
+  x = x.astype(jnp.bfloat16)  # with which the kernel is used
+  later = some(8, 21, 24, seed=3)
+
+  def loss(x, scale, bias):
+    x, y = functions.normalize_layer(x, scale, bias, jnp.bfloat16)
+    return (jnp.tanh(x.astype(jnp.float32)) * later).sum() + (y.astype(jnp.float32) ** 2 * later).sum()
+
+  plain = jax.jit(jax.grad(loss, (0, 1, 2)))(x, scale, bias)
+  calls = []
+
+  def interpreted(*args):
+    calls.append(args[0].shape)
+    return norm_gpu.backward(*args, interpret=True)
+
+  kernel = types.SimpleNamespace(backward=interpreted)
+  monkeypatch.setattr(functions, 'norm_gpu', kernel)
+  monkeypatch.setattr(functions.chip, 'platform', lambda: 'gpu')
+  with jax.set_mesh(sharding.make_mesh(4, 1, jax.devices()[:4])):
+    close(jax.jit(jax.grad(loss, (0, 1, 2)))(x, scale, bias), plain, 0.01)
+  assert calls == [(2, 21, 24)]
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-6), (jnp.bfloat16, 0.02)])
@@ -194,6 +222,10 @@ def test_products_and_biases_with_gradients_of_their_own(dtype, tolerance):
   for by_product in (False, True):
     ours = values_and_gradients(lambda y, b, p=by_product: functions.add_bias(y, b, p), y, bias)
     close(ours, values_and_gradients(wide(lambda y, b: y + b), y, bias), tolerance)
+  positions = some(9, 12, seed=4)
+  close(
+    values_and_gradients(functions.add_positions, y, positions), values_and_gradients(wide(lambda y, p: y + p), y, positions), tolerance
+  )
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02)])

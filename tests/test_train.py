@@ -157,7 +157,7 @@ def test_the_attention_kernel_trains_to_the_same_numbers():
   """The TPU kernel, interpreted, with heads and images split over the mesh, against plain attention on one device."""
   size = dict(model__width=256, model__heads=4, model__drop_path=0.0)
   alone, _ = some_steps(smoke('pretrain', **size, layers__attention='xla'))
-  kernel = dict(layers__attention='pallas', layers__scan=True, layers__remat='full')
+  kernel = dict(layers__attention='tpu', layers__scan=True, layers__remat='full')
   together, _ = some_steps(smoke('pretrain', **size, **kernel, mesh__data=2, mesh__model=2, mesh__rules=FSDP))
   np.testing.assert_allclose(together, alone, rtol=2e-5)
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.models import attention
-from beitv2_jax.models.functions import add_bias, gelu_product, normalize_layer, scale_output
+from beitv2_jax.models import attention, chip
+from beitv2_jax.models.functions import add_bias, exact, gelu_product, normalize_layer, scale_output
 
 
 def uniform(bound: float) -> Callable:
@@ -64,9 +64,11 @@ class LayerNorm(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, keep: bool = False):
+    """With `keep`, (x, its norm): going on from that x saves a pass in the gradient."""
     scale, bias = (self.param(n, i, x.shape[-1:]) for n, i in (('scale', nn.initializers.ones), ('bias', nn.initializers.zeros)))
-    return normalize_layer(x, scale, bias, self.dtype)
+    x, y = normalize_layer(x, scale, bias, self.dtype)
+    return (x, y) if keep else y
 
 
 def relative_position_index(grid: tuple[int, int]) -> np.ndarray:
@@ -99,7 +101,9 @@ class RelPosBias(nn.Module):
       nn.with_logical_partitioning(nn.initializers.zeros, (None, 'heads')),
       (table_size(self.grid), self.heads),
     )
-    return spread_table(table, self.grid)
+    # The barrier keeps the sum of all layers' gradients apart from what turns it into the table's, which is slow together on a GPU.
+    bias = spread_table(table, self.grid)
+    return jax.lax.optimization_barrier(bias) if chip.platform() == 'gpu' else bias
 
 
 def spread_table(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -119,6 +123,12 @@ def spread_table(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
   return jnp.concatenate([first, rest], 1)
 
 
+def patches(images: jax.Array, size: int) -> jax.Array:
+  """[B, h, w, C] → [B, N, size*size*C], rows first."""
+  b, h, w, c = images.shape
+  return images.reshape(b, h // size, size, w // size, size * c).transpose(0, 1, 3, 2, 4).reshape(b, -1, size * size * c)
+
+
 class PatchEmbed(nn.Module):
   """Non-overlapping patches through one linear map with bias: [B, h, w, C] → [B, N, D], rows first."""
 
@@ -129,13 +139,11 @@ class PatchEmbed(nn.Module):
 
   @nn.compact
   def __call__(self, images):
-    b, h, w, c = images.shape
-    p = self.patch
+    c, p = images.shape[3], self.patch
     weight, bias = self.init.patch(p * p * c)
     kernel = self.param('kernel', nn.with_logical_partitioning(weight, (None, None, None, 'embed')), (p, p, c, self.width))
     bias = self.param('bias', bias, (self.width,))
-    x = images.reshape(b, h // p, p, w // p, p * c).transpose(0, 1, 3, 2, 4).reshape(b, -1, p * p * c)
-    return add_bias(jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype).reshape(-1, self.width)), bias)
+    return add_bias(jnp.dot(patches(images.astype(self.dtype), p), kernel.astype(self.dtype).reshape(-1, self.width)), bias)
 
 
 class Linear(nn.Module):
@@ -146,7 +154,7 @@ class Linear(nn.Module):
   axes: tuple = ('embed', None)
   weight_scale: float = 1.0
   dtype: Any = jnp.float32
-  precision: Any = None
+  exact: bool = False  # fp32 products even where they round by default
   bias_by_product: bool = False  # see add_bias
 
   @nn.compact
@@ -159,7 +167,7 @@ class Linear(nn.Module):
     bias = self.param('bias', nn.with_logical_partitioning(self.init.bias(fan_in), self.axes[1:]), (self.features,))
     kernel, bias = scale_output(kernel, bias, gamma)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    product = gelu_product(x, kernel) if gelu_first else jnp.dot(x, kernel, precision=self.precision)
+    product = gelu_product(x, kernel) if gelu_first else jnp.dot(x, kernel, precision=exact() if self.exact else None)
     return (product, bias) if apart else add_bias(product, bias, self.bias_by_product)
 
 
@@ -224,10 +232,10 @@ class Block(nn.Module):
     keys = (None, None) if key is None else jax.random.split(key)
     constant = nn.initializers.constant(self.layer_scale)
     gammas = [self.param(name, constant, (width,)) if self.layer_scale else None for name in ('gamma1', 'gamma2')]
-    y = LayerNorm(self.dtype, name='norm1')(x)
+    x, y = LayerNorm(self.dtype, name='norm1')(x, keep=True)
     y = Attention(self.heads, self.init, out_scale, self.grid, self.attention, self.dtype, name='attn')(y, bias, gammas[0])
     x = x + drop_path(y, rate, keys[0])
-    y = LayerNorm(self.dtype, name='norm2')(x)
+    x, y = LayerNorm(self.dtype, name='norm2')(x, keep=True)
     hidden = int(width * self.mlp_ratio)
     y = Linear(hidden, self.init, ('embed', 'mlp'), dtype=self.dtype, bias_by_product=True, name='fc1')(y)
     y = Linear(width, self.init, ('mlp', 'embed'), out_scale, self.dtype, name='fc2')(y, gammas[1], gelu_first=True)

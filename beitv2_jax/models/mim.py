@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from beitv2_jax.models import chip
 from beitv2_jax.models.functions import sum_rows
 from beitv2_jax.models.layers import Block, Execution, Init, LayerNorm, Linear, apply_blocks
 from beitv2_jax.models.vit import ViT, drop_path_rates
@@ -48,8 +49,9 @@ def _code_loss_backward(saved, cotangents):
     p = jnp.exp(products.astype(jnp.float32) + bias - lse[..., None]) - (code == labels[..., None])
     return (p * cotangents[0][..., None]).astype(products.dtype)
 
-  again = slopes(jax.lax.optimization_barrier(products))  # or the compiler would write them out to use them three times
-  return slopes(products), sum_rows(again), None
+  # On a TPU they are made anew inside each product; without the barrier the compiler would write them out to use them three times.
+  again = products if chip.platform() == 'gpu' else jax.lax.optimization_barrier(products)
+  return slopes(products), sum_rows(slopes(again)), None
 
 
 code_loss.defvjp(_code_loss_forward, _code_loss_backward)

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from beitv2_jax.models.functions import exact
+
 
 def l2norm(x: jax.Array, eps: float = 1e-12) -> jax.Array:
   """x / max(‖x‖, eps) over the last axis, with a zero rather than a NaN gradient at x = 0."""
@@ -13,14 +15,14 @@ def l2norm(x: jax.Array, eps: float = 1e-12) -> jax.Array:
 
 def nearest(z: jax.Array, codebook: jax.Array) -> jax.Array:
   """Index of the nearest code: z [..., C], codebook [K, C] → int32 [...]. fp32 always: lower precision moves codes."""
-  d = jnp.sum(z * z, -1, keepdims=True) + jnp.sum(codebook * codebook, -1) - 2 * jnp.dot(z, codebook.T, precision='highest')
+  d = jnp.sum(z * z, -1, keepdims=True) + jnp.sum(codebook * codebook, -1) - 2 * jnp.dot(z, codebook.T, precision=exact())
   return jnp.argmin(d, -1).astype(jnp.int32)
 
 
 def cluster_sums(z: jax.Array, codes: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
   """Tokens per code [K] and their sum [K, C]. Under jit on a mesh these are sums over the global batch."""
   member = jax.nn.one_hot(codes.reshape(-1), size, dtype=jnp.float32)
-  return member.sum(0), jnp.einsum('nk,nc->kc', member, z.reshape(-1, z.shape[-1]), precision='highest')
+  return member.sum(0), jnp.einsum('nk,nc->kc', member, z.reshape(-1, z.shape[-1]), precision=exact())
 
 
 def ema_update(codebook: jax.Array, counts: jax.Array, sums: jax.Array, decay: float) -> jax.Array:
@@ -35,7 +37,7 @@ def kmeans(samples: jax.Array, means: jax.Array, iterations: int = 10) -> tuple[
 
   def step(carry, _):
     means, _ = carry
-    codes = jnp.argmax(jnp.dot(samples, means.T, precision='highest'), -1)
+    codes = jnp.argmax(jnp.dot(samples, means.T, precision=exact()), -1)
     counts, sums = cluster_sums(samples, codes, len(means))
     new = l2norm(sums / jnp.maximum(counts, 1)[:, None])
     return (jnp.where(counts[:, None] > 0, new, means), counts), None

@@ -12,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from beitv2_jax.errors import UserError
+from beitv2_jax.models import attention
+from beitv2_jax.models.layers import patches
 from beitv2_jax.models.vit import resize_pos_embed
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it would warn that torch is missing
@@ -142,6 +145,37 @@ def _embedded(patches: jax.Array, cls: jax.Array, table: jax.Array) -> jax.Array
   return tokens + resize_pos_embed(table.astype(jnp.float32), (side, side), (gh, gw)).astype(patches.dtype)
 
 
+# Names of the four matrices in transformers' attention layers; the last one may be a layer of its own.
+_ATTENTION = {
+  'FlaxCLIPAttention': ('q_proj', 'k_proj', 'v_proj', 'out_proj'),
+  'FlaxViTSelfAttention': ('query', 'key', 'value', None),
+}
+
+
+def _our_layers(call, args, kwargs, context):
+  """For flax's `intercept_methods`: `attention.attend` in the place of transformers' attention, which writes [T, T] out, and one product
+  in the place of the convolution that embeds patches.
+
+  The bias of the keys adds the same to all logits of a query, so it can be left out.
+  """
+  module = context.module
+  names = _ATTENTION.get(type(module).__name__)
+  if context.method_name != '__call__' or not (names or isinstance(module, nn.Conv)):
+    return call(*args, **kwargs)
+  x, params = args[0] if args else kwargs['hidden_states'], module.variables['params']
+  if not names:
+    kernel, bias = params['kernel'].astype(module.dtype), params.get('bias', jnp.zeros(())).astype(module.dtype)
+    (b, h, w, _), (p, *_, width) = x.shape, kernel.shape
+    y = jnp.dot(patches(x.astype(module.dtype), p), kernel.reshape(-1, width)) + bias
+    return y.reshape(b, h // p, w // p, width)
+  x, heads = x.astype(module.dtype), module.config.num_attention_heads
+  kernels, biases = ([params[n][k].astype(module.dtype) for n in names if n] for k in ('kernel', 'bias'))
+  head = lambda y: y.reshape(heads, -1)
+  qkv = jnp.stack(kernels[:3], 1).reshape(x.shape[-1], 3, heads, -1)
+  y = attention.attend(x, qkv, head(biases[0]), head(biases[2]), None)
+  return (y if names[3] is None else jnp.dot(y, kernels[3]) + biases[3],)
+
+
 def _input_size(config, grid) -> tuple[int, int]:
   return config.patch_size * grid[0], config.patch_size * grid[1]
 
@@ -162,7 +196,8 @@ def _clip(model, params, grid, dtype):
 
   def apply(params, images):
     x = normalize(_resized(images, size), CLIP_MEAN, CLIP_STD)
-    x = module.apply({'params': {'vision_model': params['vision_model']}}, x, method=tokens)
+    with nn.intercept_methods(_our_layers):
+      x = module.apply({'params': {'vision_model': params['vision_model']}}, x, method=tokens)
     return jnp.dot(x, params['visual_projection']['kernel'].astype(dtype))
 
   params = {k: params[k] for k in ('vision_model', 'visual_projection')}
@@ -183,7 +218,8 @@ def _dino(model, params, grid, dtype):
     return module.layernorm(module.encoder(x, deterministic=True)[0][:, 1:])
 
   def apply(params, images):
-    return module.apply({'params': params}, normalize(_resized(images, size), IMAGENET_MEAN, IMAGENET_STD), method=tokens)
+    with nn.intercept_methods(_our_layers):
+      return module.apply({'params': params}, normalize(_resized(images, size), IMAGENET_MEAN, IMAGENET_STD), method=tokens)
 
   return Teacher(config.hidden_size, apply), _numpy(params)
 

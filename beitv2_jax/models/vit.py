@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beitv2_jax.models.functions import add_positions
 from beitv2_jax.models.layers import Block, Execution, Init, PatchEmbed, RelPosBias, apply_blocks
 
 
@@ -87,7 +88,7 @@ class ViT(nn.Module):
     x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], 1)
     if self.abs_pos:
       pos = self.param('pos_embed', token, (1, 1 + self.grid[0] * self.grid[1], self.width))
-      x = x + resize_pos_embed(pos, self.grid, here).astype(self.dtype)
+      x = add_positions(x, resize_pos_embed(pos, self.grid, here)[0])
     bias = RelPosBias(self.grid, self.heads, name='rel_pos_bias')() if self.rel_pos == 'shared' else None
     rates = self.drop_path if isinstance(self.drop_path, tuple) else drop_path_rates(self.drop_path, self.depth)
     own_table = self.grid if self.rel_pos == 'per_block' else None

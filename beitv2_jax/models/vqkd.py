@@ -1,6 +1,6 @@
 """VQ-KD, the visual tokenizer: encoder → codebook → shallow decoder that predicts a teacher's features.
 
-Paper section 2.1. Images come in as [-1, 1]; the two heads and the codebook are fp32 even when the blocks are bf16.
+Paper section 2.1. Images come in as [-1, 1]; the head that makes codes and the codebook are fp32 even when the blocks are bf16.
 """
 
 from typing import Any
@@ -14,16 +14,18 @@ from beitv2_jax.models.vit import ViT
 
 
 class TaskHead(nn.Module):
-  """Linear, tanh, Linear in fp32."""
+  """Linear, tanh, Linear. fp32 means fp32, also where products round by default."""
 
   hidden: int
   features: int
   init: Init = Init()
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x):
-    x = Linear(self.hidden, self.init, precision='highest', name='fc1')(x.astype(jnp.float32))
-    return Linear(self.features, self.init, precision='highest', name='fc2')(jnp.tanh(x))
+    kind = dict(init=self.init, dtype=self.dtype, exact=self.dtype == jnp.float32)
+    x = Linear(self.hidden, **kind, name='fc1')(x)
+    return Linear(self.features, **kind, name='fc2')(jnp.tanh(x))
 
 
 class PatchEncoder(nn.Module):
@@ -76,7 +78,7 @@ class VQKD(nn.Module):
     self.encode_head = TaskHead(self.encoder_width, self.code_dim, init)
     self.quantizer = Quantizer(self.codes, self.code_dim)
     self.decoder = PatchEncoder(vit('decoder', 1))
-    self.decode_head = TaskHead(self.decoder_width, self.teacher_width, init)
+    self.decode_head = TaskHead(self.decoder_width, self.teacher_width, init, self.dtype)
 
   def encode(self, images):
     """[B, h, w, 3] in [-1, 1] → unit vectors [B, N, C]."""
@@ -90,7 +92,7 @@ class VQKD(nn.Module):
     """[B, N, C] → predicted teacher features [B, N, V]."""
     grid = grid or self.grid
     x = quantized.reshape(quantized.shape[0], *grid, self.code_dim)
-    return self.decode_head(self.decoder(x))
+    return self.decode_head(self.decoder(x)).astype(jnp.float32)
 
   def tokens(self, images):
     """[B, h, w, 3] in [-1, 1] → codes [B, N], row by row."""

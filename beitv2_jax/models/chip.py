@@ -1,0 +1,36 @@
+"""Which chip a program is made for, and which of our kernels work on the chip of this process."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+refused: dict[str, str] = {}  # kernels that are left alone in this process, and why
+
+
+def platform() -> str:
+  """'tpu', 'gpu' or 'cpu': of the mesh set by `jax.set_mesh`; '' without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return '' if mesh.empty else mesh.abstract_device.platform
+
+
+def rounded_products() -> bool:
+  """Whether products of fp32 round their inputs to bf16 here: on a TPU mesh, unless a higher precision was asked for."""
+  return platform() == 'tpu' and jax.config.jax_default_matmul_precision in (None, 'default', 'bfloat16')
+
+
+def check(kernel: str, ours: Callable, plain: Callable, *args) -> None:
+  """Compares `ours(*args)` with `plain` of the same in fp32, on this process's chip; refuses the kernel if it fails or is off by 3 %."""
+  try:
+    mesh = jax.make_mesh((1, 1), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+      a = jax.jit(ours)(*args)
+      with jax.default_matmul_precision('highest'):
+        b = jax.jit(plain)(*(x.astype(jnp.float32) for x in args))
+    worst = max(float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in zip(a, b, strict=True))
+    wrong = '' if worst < 0.03 else f'it is off by {worst:.1%}'  # not for NaN
+  except Exception as e:  # whatever the compiler says
+    wrong = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+  if wrong:
+    refused[kernel] = wrong
