@@ -154,7 +154,13 @@ def report(c: Any, topology: str, part: str = 'step', keep_hlo: str | None = Non
     length = max((lengths[n] for n in names if n in lengths), default=None)
     return None if length is None else max(length * turns // cores, int(moved / chip.bandwidth * chip.clock))
 
-  text = compiled.as_text()
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError as e:
+    raise UserError(
+      f'jax {jax.__version__} cannot read the program that libtpu made for {topology} ({str(e).splitlines()[0][:120]}). jax 0.11.2, which '
+      'needs Python 3.12, can.'
+    ) from e
   if keep_hlo:
     Path(keep_hlo).write_text(text)
   program = hlo.Program(text, kernel_cycles)

@@ -77,6 +77,7 @@ def base(task: str) -> ConfigDict:
   )
   c.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
   c.log_every = 50
+  c.profile_steps = 0  # trace so many steps, after the first ten, into WORKDIR/profile
   c.eval_every = 0  # steps; 0: only at the end
   c.eval_batch_size = 0  # 0: batch_size
   return c.lock()

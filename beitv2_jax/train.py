@@ -200,6 +200,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
     make_train_step(task, tx, schedule, c.accumulate), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
   )
   signals = _Signals()
+  profile = _Profile(workdir / 'profile', c.profile_steps if jax.process_index() == 0 else 0)
   step, pending, results, warned = start, None, {}, []
   waited: list[bool] = []  # for each step since the last report: was the one before done, so that the device had nothing to do?
   try:
@@ -214,6 +215,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
         with jax.transfer_guard('disallow'):
           state, values = train_step(state, frozen, batch, key)
         step += 1
+        profile.step(values)
         if pending:
           report(*pending)
         pending = (step, values, wait)
@@ -243,10 +245,35 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
     metrics.say(f'stopped at step {step} and saved; the same command goes on from there.')
     raise
   finally:
+    profile.close()
     metrics.close()
     checkpoints.close()
     batches.close()
   return results
+
+
+class _Profile:
+  """Traces `steps` steps, after ten to warm up, into `directory`, for TensorBoard, Perfetto or benchmarks/trace.py."""
+
+  def __init__(self, directory: Path, steps: int):
+    self.directory, self.steps, self.done, self.on = directory, steps, 0, False
+
+  def step(self, values):
+    """To be called after a step was dispatched, with its metrics."""
+    self.done += 1
+    if self.steps and self.done == 10:
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # tracing every Python call slows all threads down
+      jax.profiler.start_trace(str(self.directory), profiler_options=options)
+      self.on = True
+    elif self.done == 10 + self.steps:
+      jax.block_until_ready(values)
+      self.close()
+
+  def close(self):
+    if self.on:
+      jax.profiler.stop_trace()
+    self.on = False
 
 
 class _Signals:

@@ -40,8 +40,7 @@ def runs() -> dict[str, list[str]]:
         add(f'{name} {chip} {chips}', config, f'{chip}:{shape}', 'step')
   for n in (8, 16, 64):
     add(f'growth batch {n}', B16, 'v5e:2x2', 'student', *batch(4 * n))
-  for slice_, chips in (('4x4', 16), ('8x8', 64), ('16x16', 256)):
-    add(f'growth chips {chips}', B16, f'v5e:{slice_}', 'student', *batch(32 * chips))
+  add('base v5e 16', B16, 'v5e:4x4', 'step', *batch(2048, 4))  # and on 64 and 256 chips, above
   add('growth size 384', B16, 'v5e:2x2', 'student', *batch(32), '--config.data.image_size=384', '--config.mask.count=220')
   for depth in (6, 24):
     add(
@@ -68,10 +67,11 @@ def compile_missing(only: str) -> None:
     start = time.monotonic()
     with tempfile.NamedTemporaryFile(suffix='.json') as file:
       done = subprocess.run([sys.executable, '-m', 'beitv2_jax.aot', *args, f'--json={file.name}'], capture_output=True, text=True)
-      if done.returncode > 1:
+      text = Path(file.name).read_text()
+      if not text:
         print(f'{name}: {done.stderr.strip().splitlines()[-1]}', flush=True)
         continue
-      r = json.loads(Path(file.name).read_text())
+      r = json.loads(text)
     kept = {k: v for k, v in r.items() if k not in ('operations', 'without_estimate')}
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # another of these may have written
     results[name] = kept | dict(arguments=args, collective_bytes=sum(m['bytes'] for m in r['collectives']))
@@ -82,26 +82,45 @@ def compile_missing(only: str) -> None:
     )
 
 
-GIB = 2**30
-
-
-def line(r: dict) -> str:
-  m, hidden = r['memory'], f'{r["images_per_second_chip"]:,.0f}'
-  return (
-    f'{r["images_per_chip"]:g} | {m["parameters"] / GIB:.2f} | {m["optimizer"] / GIB:.2f} | {m["temporary"] / GIB:.2f} | {m["total"] / GIB:.1f} of {m["chip"] / GIB:.0f}'
-    f'{"" if m["fits"] else " (does not fit)"} | {hidden} | {100 * r["share_of_peak"]:.1f} % | {r["images_per_second_chip_no_overlap"]:,.0f} | {r["collective_bytes"] / GIB:.2f}'
-  )
+COLUMNS = {
+  'images a chip': lambda r: f'{r["images_per_chip"]:g}',
+  'images/s a chip': lambda r: f'{r["images_per_second_chip"]:,.0f}',
+  'of peak': lambda r: f'{100 * r["share_of_peak"]:.1f} %',
+  'if no collective hides': lambda r: f'{r["images_per_second_chip_no_overlap"]:,.0f}',
+  'GiB sent': lambda r: f'{r["collective_bytes"] / 2**30:.2f}',
+  'parameters': lambda r: f'{r["memory"]["parameters"] / 2**30:.2f}',
+  'optimizer': lambda r: f'{r["memory"]["optimizer"] / 2**30:.2f}',
+  'temporaries': lambda r: f'{r["memory"]["temporary"] / 2**30:.2f}',
+  'GiB a chip': lambda r: (
+    f'{r["memory"]["total"] / 2**30:.1f} of {r["memory"]["chip"] / 2**30:.0f}' + ' (too much)' * (not r['memory']['fits'])
+  ),
+}
 
 
 def show() -> None:
+  """Three tables: whole steps on slices, parts of a step on one host, and what grows with what."""
   results = json.loads(RESULTS.read_text())
-  head = 'images a chip | parameters | optimizer | temporaries | GiB | images/s a chip | of peak | if no collective hides | GiB sent'
-  print(f'| program | {head} |\n|{"---|" * 10}')
-  for name in runs():
-    if name in results:
-      print(f'| {name} | {line(results[name])} |')
-  if all(name in results for name in runs() if name.startswith('growth')):
-    draw(results)
+  slices = [name for name in runs() if runs()[name][2] == '--part=step']
+  growth = [name for name in runs() if name.startswith('growth')]
+  for title, names in (
+    ('step', slices),
+    ('growth', ['student base 32', *growth]),
+    ('part', [n for n in runs() if n not in slices + growth]),
+  ):
+    print(f'\n| {title} | {" | ".join(COLUMNS)} |\n|{"---|" * (len(COLUMNS) + 1)}')
+    for name in names:
+      if name in results:
+        print(f'| {name} | {" | ".join(column(results[name]) for column in COLUMNS.values())} |')
+  draw(results)
+
+
+# Panels of docs/growth.png: label of the axis, and the program at each point.
+PANELS = {
+  'images a chip': {8: 'growth batch 8', 16: 'growth batch 16', 32: 'student base 32', 64: 'growth batch 64'},
+  'chips that share a batch of 2048': {n: f'base v5e {n}' for n in (16, 64, 256)},
+  'blocks': {6: 'growth depth 6', 12: 'student base 32', 24: 'growth depth 24'},
+  'image side, px': {224: 'student base 32', 384: 'growth size 384'},
+}
 
 
 def draw(results: dict) -> None:
@@ -110,22 +129,16 @@ def draw(results: dict) -> None:
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
-  panels = dict(
-    batch='images a chip (224 px, 4 chips)', chips='chips (32 images each)', depth='blocks (32 images a chip)', size='image side, px'
-  )
-  figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.2))
-  for axis, (what, label) in zip(axes, panels.items()):
-    middle = {'batch': 32, 'chips': 4, 'depth': 12, 'size': 224}[what]
-    points = {middle: results['student base 32']} | {int(k.split()[-1]): r for k, r in results.items() if k.startswith(f'growth {what}')}
-    x = sorted(points)
-    per_image = [1e3 * points[i]['seconds'] / points[i]['images_per_chip'] for i in x]
-    sent = [1e3 * points[i]['collective_seconds'] / points[i]['images_per_chip'] for i in x]
-    axis.plot(x, per_image, 'o-', label='compute')
-    axis.plot(x, sent, 's--', label="collectives at the links' bandwidth")
-    axis.set(xlabel=label, ylim=0, xscale='log' if what == 'chips' else 'linear')
+  figure, axes = pyplot.subplots(1, len(PANELS), figsize=(14, 3.2))
+  for axis, (label, programs) in zip(axes, PANELS.items()):
+    points = {x: results[name] for x, name in programs.items() if name in results}
+    for what, style, key in (('compute', 'o-', 'seconds'), ("collectives at the links' bandwidth", 's--', 'collective_seconds')):
+      axis.plot(points.keys(), [1e3 * r[key] / r['images_per_chip'] for r in points.values()], style, label=what)
+    axis.set(xlabel=label, ylim=0, xscale='log' if 'chips' in label else 'linear', xticks=list(points), xticklabels=list(points))
+    axis.minorticks_off()
   axes[0].set_ylabel('ms an image on a chip')
   axes[0].legend(fontsize=7)
-  figure.suptitle('Base student on v5e, compiler estimate', fontsize=10)
+  figure.suptitle('Base on v5e, compiler estimate: the student, and (second) the whole step', fontsize=10)
   figure.tight_layout()
   figure.savefig('docs/growth.png', dpi=110)
 

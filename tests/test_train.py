@@ -1,7 +1,9 @@
 """The loop: going on after a stop, meshes, several processes, broken runs."""
 
+import re
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -196,6 +198,17 @@ def test_a_signal_saves_first(tmp_path, number):
   assert 'goes on from there' in out
   saved = checkpoint.load_variables(tmp_path)[2]
   assert saved == losses(tmp_path)[-1][0] >= 3
+
+
+def test_a_profile_of_some_steps(tmp_path):
+  done = run_main(
+    '--config=configs/vqkd_b16.py:smoke', f'--workdir={tmp_path}', '--config.steps=13', '--config.profile_steps=2', '--config.checkpoint.every=100'
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  read = [sys.executable, 'benchmarks/trace.py', str(tmp_path / 'profile')]
+  text = subprocess.run(read, capture_output=True, text=True, env=main_env(), check=True).stdout
+  busy, whole = (float(x) for x in re.search(r'busy ([\d.]+) of ([\d.]+) ms', text).groups())
+  assert 0 < busy <= whole
 
 
 def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path, monkeypatch):
