@@ -154,7 +154,7 @@ def load(directory: str | Path, ema: bool = False) -> Model:
     if average is None:
       raise UserError(f'{directory} was trained without ema_decay: there is no average of its weights.')
     variables['params'] = average
-  config.dtype = 'float32'
+  config.dtype, config.layers.attention = 'float32', 'auto'
   return Model(config, variables)
 
 

@@ -144,6 +144,12 @@ def layers(c: Any) -> dict[str, Any]:
   return dict(c.get('layers', {}))
 
 
+def head_dims(c: Any) -> set[int]:
+  """Widths of the attention heads of all models in a config."""
+  inner = set().union(*(head_dims(v) for v in c.values() if isinstance(v, ConfigDict)))
+  return inner | ({c['width'] // c['heads']} if 'heads' in c and 'width' in c else set())
+
+
 def check(c: ConfigDict) -> None:
   """Errors that can be seen before data is read or a model is made. Raises UserError."""
   devices, model = jax.device_count(), c.mesh.model

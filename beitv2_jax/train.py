@@ -150,10 +150,11 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   for change in changed:
     metrics.say(f'warning: the run began with another config; {change}')
 
-  attention.check()
+  attention.check(config_lib.head_dims(c))
   functions.check()
+  chip.agree()
   for kernel, why in chip.refused.items():
-    metrics.say(f'warning: our {kernel} kernel does not work on this chip ({why}); taking plain XLA, which is slower.')
+    metrics.say(f'warning: our {kernel} does not work on this chip ({why}); taking plain XLA, which is slower, unless the config insists.')
   frozen = sharding.put_replicated(frozen, mesh)
   batches = pipeline.train_batches(
       opened['train'], transforms['train'], seed=c.seed, batch=c.batch_size, start=start, workers=c.data.workers,
@@ -245,10 +246,10 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
     metrics.say(f'stopped at step {step} and saved; the same command goes on from there.')
     raise
   finally:
-    profile.close()
     metrics.close()
     checkpoints.close()
     batches.close()
+    profile.close()
   return results
 
 
@@ -262,11 +263,12 @@ class _Profile:
     """To be called after a step was dispatched, with its metrics."""
     self.done += 1
     if self.steps and self.done == 10:
+      jax.block_until_ready(values)
       options = jax.profiler.ProfileOptions()
       options.python_tracer_level = 0  # tracing every Python call slows all threads down
       jax.profiler.start_trace(str(self.directory), profiler_options=options)
       self.on = True
-    elif self.done == 10 + self.steps:
+    elif self.on and self.done == 10 + self.steps:
       jax.block_until_ready(values)
       self.close()
 

@@ -6,7 +6,7 @@
 The PyTorch side is made of timm's BEiT blocks (fused attention with the position bias as its mask), transformers' CLIP and torch's
 fused AdamW, eager and compiled: what somebody would write today. Both sides make the images' codes or teacher features inside the step
 and update all parameters; weights are random, images are made once. Needs the extra [parity]. Every side runs in a process of its
-own; `--rounds` times in turn. The figure is the median step of each round; ratios are between the best medians.
+own; `--rounds` times in turn. The figure is the median group of each round; ratios are between the best medians.
 """
 
 import argparse
@@ -23,9 +23,12 @@ MODELS = ('vqkd-base', 'mim-base', 'mim-large')
 
 
 def timed(args, step) -> list[float]:
-  """Seconds a step: the first two one by one (they compile), then `steps` groups of `group`, each group's loss read at its end."""
+  """Seconds a step: the first two (they compile), then, when told to go on, `steps` groups of `group`, with the loss read at the end of each."""
   times = []
   for count in [1, 1] + [args.group] * args.steps:
+    if len(times) == 2:
+      print('ready', flush=True)
+      sys.stdin.readline()
     start = time.monotonic()
     for _ in range(count):
       loss = step()
@@ -35,7 +38,7 @@ def timed(args, step) -> list[float]:
   return times
 
 
-def ours(args) -> list[float]:
+def ours(args) -> tuple[list[float], int]:
   import jax
   import numpy as np
 
@@ -75,7 +78,7 @@ def ours(args) -> list[float]:
         for _ in range(5):
           loss = step()
         jax.block_until_ready(loss)
-  return times
+  return times, (mesh.devices.flat[0].memory_stats() or {}).get('peak_bytes_in_use', 0)
 
 
 def torch_model(name: str):
@@ -177,7 +180,7 @@ def torch_model(name: str):
   return model
 
 
-def theirs(args, compiled: bool) -> list[float]:
+def theirs(args, compiled: bool) -> tuple[list[float], int]:
   import torch
 
   torch.manual_seed(0)
@@ -202,7 +205,15 @@ def theirs(args, compiled: bool) -> list[float]:
     optimizer.zero_grad(set_to_none=True)
     return value.detach()
 
-  return timed(args, step)
+  return timed(args, step), torch.cuda.max_memory_allocated() if device == 'cuda' else 0
+
+
+def start(side: str) -> subprocess.Popen:
+  path = os.pathsep.join([os.getcwd(), os.environ.get('PYTHONPATH', '')])
+  env = os.environ | dict(PYTHONPATH=path, XLA_PYTHON_CLIENT_PREALLOCATE='false')
+  return subprocess.Popen(
+    [sys.executable, __file__, *sys.argv[1:], '--side', side], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+  )
 
 
 def main() -> None:
@@ -216,22 +227,29 @@ def main() -> None:
   parser.add_argument('--profile', metavar='DIR', help='ours: a trace of five steps')
   parser.add_argument('--rounds', type=int, default=2)
   parser.add_argument('--sides', nargs='+', choices=SIDES, default=SIDES)
+  parser.add_argument(
+    '--together', action='store_true', help='all sides compile at once (and share the memory); timed one by one all the same'
+  )
   parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.side:
-    times = ours(args) if args.side == 'ours' else theirs(args, args.side == 'torch-compile')
-    return print(json.dumps(dict(first=times[0], steps=times[2:], cpu=os.times().user + os.times().system)))
-  best, firsts = {}, {}
+    times, peak = ours(args) if args.side == 'ours' else theirs(args, args.side == 'torch-compile')
+    return print(json.dumps(dict(first=times[0], steps=times[2:], peak=peak)))
+  best = {}
   for _ in range(args.rounds):
-    for side in args.sides:
-      command = [sys.executable, __file__, *sys.argv[1:], '--side', side]
-      env = os.environ | dict(
-        PYTHONPATH=os.pathsep.join([os.getcwd(), os.environ.get('PYTHONPATH', '')]), XLA_PYTHON_CLIENT_PREALLOCATE='false'
-      )
-      out = json.loads(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1])
-      median = statistics.median(out['steps'])
-      print(f'{side:14s} {median:8.3f} s a step, {args.batch / median:9.2f} images/s (first step {out["first"]:.1f} s)', flush=True)
-      best[side], firsts[side] = min(median, best.get(side, median)), out['first']
+    for group in [args.sides] if args.together else [[side] for side in args.sides]:
+      running = {side: start(side) for side in group}
+      for side, process in running.items():
+        if 'ready' not in iter(lambda p=process: p.stdout.readline().strip() if p.poll() is None else 'ended', 'ended'):
+          sys.exit(f'{side} failed; its message is above.')
+      for side, process in running.items():
+        out = json.loads(process.communicate('go\n')[0].splitlines()[-1])
+        median = statistics.median(out['steps'])
+        memory = f', {out["peak"] / 2**30:.1f} GiB at its peak' if out['peak'] else ''
+        print(
+          f'{side:14s} {median:8.4f} s a step, {args.batch / median:9.2f} images/s{memory} (first step {out["first"]:.1f} s)', flush=True
+        )
+        best[side] = min(median, best.get(side, median))
   if 'ours' in best:
     for side in best.keys() - {'ours'}:
       print(f'ours is {best[side] / best["ours"]:.2f} times as fast as {side}')

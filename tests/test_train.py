@@ -15,6 +15,7 @@ from beitv2_jax import checkpoint, handoff, metrics, optim, sharding, tasks, tra
 from beitv2_jax import config as config_lib
 from beitv2_jax.data import sources
 from beitv2_jax.errors import SaveError, UserError
+from beitv2_jax.models import attention_gpu, chip, norm_gpu
 from tests.conftest import main_command, main_env, run_main, smoke
 
 
@@ -162,6 +163,29 @@ def test_the_attention_kernel_trains_to_the_same_numbers():
   kernel = dict(layers__attention='tpu', layers__scan=True, layers__remat='full')
   together, _ = some_steps(smoke('pretrain', **size, **kernel, mesh__data=2, mesh__model=2, mesh__rules=FSDP))
   np.testing.assert_allclose(together, alone, rtol=2e-5)
+
+
+@pytest.mark.parametrize('task', ['tokenizer', 'pretrain'])
+def test_the_way_through_gpu_kernels(task, monkeypatch):
+  """What a GPU runs in bf16 (kernels interpreted), on four devices of which two share the heads, against plain XLA on one."""
+  extra = dict(dtype='bfloat16') | (dict(model__drop_path=0.0, tokenizer_dtype='bfloat16') if task == 'pretrain' else {})
+  alone, _ = some_steps(smoke(task, **extra))
+  calls = []
+
+  def interpreted(name, function):
+    def call(*args, **kwargs):
+      calls.append(name)
+      return function(*args, **kwargs | dict(interpret=True))
+
+    return call
+
+  monkeypatch.setattr(chip, 'platform', lambda: 'gpu')
+  monkeypatch.setitem(chip.refused, 'TF32 product', 'a CPU has none')
+  monkeypatch.setattr(attention_gpu, 'attend', interpreted('attention', attention_gpu.attend))
+  monkeypatch.setattr(norm_gpu, 'backward', interpreted('layer norm', norm_gpu.backward))
+  together, _ = some_steps(smoke(task, **extra, mesh__data=2, mesh__model=2, mesh__rules=FSDP))
+  assert set(calls) == {'attention', 'layer norm'}
+  np.testing.assert_allclose(together, alone, rtol=0.02)
 
 
 def test_two_processes_give_the_numbers_of_one(runs, tmp_path):

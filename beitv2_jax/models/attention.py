@@ -1,6 +1,7 @@
 """Self-attention between T tokens with a learned position bias: plain XLA here, fused kernels in attention_tpu.py and attention_gpu.py."""
 
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
   """Multi-head self-attention up to its output matrix: x [B, T, D] → [B, T, H*E].
 
   Args:
-    qkv: [D, 3, H, E] of x's type. q_bias, v_bias: [H, E]; keys have none.
+    qkv: [D, 3, H, E] of x's type. q_bias, v_bias: [H, E], fp32; keys have none.
     bias: [H, queries, keys], fp32, added to the scaled logits, or None.
     how: 'xla'; 'tpu' or 'gpu', the fused kernels (interpreted, which is slow, where there is no such chip); or 'auto': on the mesh of
       `jax.set_mesh`, its chip's kernel where that fits and products are rounded to bf16 anyway.
@@ -44,22 +45,28 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
 def plain(x, qkv, q_bias, v_bias, bias):
   heads, head_dim = qkv.shape[2:]
   q, k, v = jnp.moveaxis(jnp.einsum('btd,dshe->btshe', x, qkv), 2, 0)
+  q_bias, v_bias = q_bias.astype(q.dtype), v_bias.astype(v.dtype)
   logits = jnp.einsum('bqhe,bkhe->bhqk', (q + q_bias) * head_dim**-0.5, k, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(logits if bias is None else logits + bias).astype(x.dtype)
   return jnp.einsum('bhqk,bkhe->bqhe', weights, v + v_bias).reshape(*x.shape[:2], heads * head_dim)
 
 
-def check() -> None:
+def check(head_dims: Iterable[int] = (64,)) -> None:
   """Holds the kernel of this process's chip, if it has one, to the plain version; 'auto' leaves it alone if it fails (chip.refused)."""
-  how = jax.default_backend()
+  how, heads, tokens = jax.default_backend(), 2, 197
   if how not in ('tpu', 'gpu'):
     return
   rng = np.random.default_rng(0)
-  shapes = (2, 197, 128), (128, 3, 2, 64), (2, 64), (2, 64), (2, 197, 197)
-  *args, bias = (jnp.asarray(rng.normal(size=s, scale=128**-0.5 if len(s) == 4 else 1), jnp.float32) for s in shapes)
 
   def both(how, *args):
-    y, back = jax.vjp(lambda *a: attend(*a, how), *args)
+    y, back = jax.vjp(lambda *a: attend(*(a if len(a) == 5 else (*a, None)), how), *args)
     return y, *back(args[0])
 
-  chip.check('attention', *(functools.partial(both, h) for h in (how, 'xla')), *(x.astype(jnp.bfloat16) for x in args), bias)
+  for head_dim in head_dims:
+    width = heads * head_dim
+    shapes = (2, tokens, width), (width, 3, heads, head_dim), (heads, head_dim), (heads, head_dim), (heads, tokens, tokens)
+    args = [jnp.asarray(rng.normal(size=s, scale=width**-0.5 if len(s) == 4 else 1), jnp.float32) for s in shapes]
+    args[:2] = (x.astype(jnp.bfloat16) for x in args[:2])
+    fits = attention_gpu.fits(head_dim) if how == 'gpu' else attention_tpu.fits(tokens, heads, head_dim)
+    for some in (args, args[:4]) if fits else ():
+      chip.check('attention', *(functools.partial(both, h) for h in (how, 'xla')), *some)

@@ -5,7 +5,7 @@ read where the product with their matrix left them, biases are added on the way,
 bias is shared by the images, so that the kernel of its gradient sums over them. tests/test_attention.py holds all to the plain version.
 
 The softmax is in powers of two (the chip's own exponential): `LOG2E` is multiplied into scale and bias. Logits and sums are fp32,
-products and the position bias bf16 (or x's type, when interpreted).
+products and the position bias of x's type.
 """
 
 import functools
@@ -50,7 +50,7 @@ def attend(x, qkv, q_bias, v_bias, bias, interpret: bool):
   q_bias, v_bias = (b.reshape(-1).astype(jnp.float32) for b in (q_bias, v_bias))
   if bias is not None:
     more = _padded(tokens) - tokens
-    bias = jnp.pad(jnp.pad(bias * LOG2E, ((0, 0), (0, 0), (0, more)), constant_values=NEVER), ((0, 0), (0, more), (0, 0))).astype(x.dtype)
+    bias = jnp.pad(jnp.pad(bias * LOG2E, ((0, 0), (0, 0), (0, more)), constant_values=NEVER), ((0, 0), (0, more), (0, 0)))
   return fused(y, q_bias, v_bias, bias, Static(heads, interpret))
 
 
@@ -215,11 +215,12 @@ def _call(kernel, static, tiles, grid, inputs, out, **more):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def fused(qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, bias: jax.Array | None, static: Static) -> jax.Array:
-  """qkv [B, T, 3*H*E] before its biases [H*E] (fp32), bias [H, P, P], padded and times LOG2E, of qkv's type, or None → [B, T, H*E]."""
+  """qkv [B, T, 3*H*E] before its biases [H*E] and bias [H, P, P], padded and times LOG2E, or None (all fp32) → [B, T, H*E]."""
   return _fused_forward(qkv, q_bias, v_bias, bias, static)[0]
 
 
 def _fused_forward(qkv, q_bias, v_bias, bias, static):
+  bias = None if bias is None else bias.astype(qkv.dtype)
   batch, tokens, width = qkv.shape
   y = jax.ShapeDtypeStruct((batch, tokens, width // 3), qkv.dtype)
   lse = jax.ShapeDtypeStruct((batch, static.heads, tokens), jnp.float32)
@@ -254,7 +255,7 @@ def _fused_backward(static, saved, dy):
     own = lambda x: pl.BlockSpec((None, None, *x.shape[2:]), lambda i, h, turn: (turn, h, 0, 0))
     inputs = [(x, _whole) for x in (qkv, q_bias, bias, lse, delta, dy)]
     (parts,) = _call(_backward_bias, static, BIAS, grid, inputs, [(parts, own)])
-    dbias = (parts.sum(0) / LOG2E).astype(bias.dtype)  # `bias` came multiplied by it
+    dbias = parts.sum(0) / LOG2E  # `bias` came multiplied by it
   return dqkv, dq_bias.sum((0, 1)), dv_bias.sum((0, 1)), dbias
 
 

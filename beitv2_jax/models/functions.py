@@ -21,9 +21,10 @@ LN_EPS = 1e-6
 def exact() -> Any:
   """The `precision` of products that must be fp32 whatever products are by default, as fast as the chip has it.
 
-  On a GPU three products of TF32 stand for one of fp32 (within 2^-21).
+  On a GPU that has TF32, three products of it stand for one of fp32 (within 2^-21).
   """
-  return jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if chip.platform() == 'gpu' else 'highest'
+  thrice = chip.platform() == 'gpu' and 'TF32 product' not in chip.refused
+  return jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if thrice else 'highest'
 
 
 def _odd_polynomial(f: Callable, terms: int, end: float) -> list[float]:
@@ -81,7 +82,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 @jax.custom_vjp
 def gelu_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """gelu(x) @ kernel, whose backward pass computes gelu(x) again: inside the product that is free, keeping and reading it is not."""
+  """gelu(x) @ kernel, whose backward pass computes gelu(x) again: inside the product that is free on TPUs, keeping and reading it is not."""
   return jnp.dot(gelu(x), kernel)
 
 
@@ -121,13 +122,17 @@ def _layer_norm_forward(x, scale, bias, dtype):
 def _layer_norm_backward(dtype, saved, cotangents):
   x, scale, mean, inverse = saved
   past, dy = cotangents
-  if chip.platform() == 'gpu' and x.dtype == jnp.bfloat16 and 'layer norm' not in chip.refused:
+  if chip.platform() == 'gpu' and x.dtype == jnp.bfloat16 and 'layer norm' not in chip.refused and _divides(x):
     return _on_each_chip(x, mean, inverse, scale, dy, past)
   dy, rows = dy.astype(jnp.float32), tuple(range(x.ndim - 1))
   normal = (x.astype(jnp.float32) - mean) * inverse
   g = dy * scale
   dx = inverse * (g - g.mean(-1, keepdims=True) - normal * (g * normal).mean(-1, keepdims=True))
   return past + dx.astype(x.dtype), (dy * normal).sum(rows), dy.sum(rows)
+
+
+def _divides(x) -> bool:
+  return x.shape[0] % jax.sharding.get_abstract_mesh().shape['data'] == 0
 
 
 def _on_each_chip(*args):
@@ -147,7 +152,7 @@ normalize_layer.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def check() -> None:
-  """Holds the kernel behind `normalize_layer` to the plain gradient, on a GPU (chip.refused)."""
+  """Holds the kernel behind `normalize_layer` to the plain gradient, and products of TF32 to fp32, on a GPU (chip.refused)."""
   if jax.default_backend() != 'gpu':
     return
   x, scale = jax.random.normal(jax.random.key(0), (2, 197, 192)), jnp.linspace(0.5, 2, 192)
@@ -157,6 +162,9 @@ def check() -> None:
     return back((y[1], jnp.sin(y[1])))
 
   chip.check('layer norm', gradients, gradients, x.astype(jnp.bfloat16), scale)
+  rows = x[0]
+  product = lambda x: (jnp.dot(x, x.T, precision=exact()),)
+  chip.check('TF32 product', product, lambda x: (jnp.dot(x, x.T, precision='highest'),), rows, tolerance=1e-5)
 
 
 def sum_rows(x: jax.Array) -> jax.Array:
@@ -170,7 +178,7 @@ def sum_rows(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def add_bias(y: jax.Array, bias: jax.Array, by_product: bool = False) -> jax.Array:
-  """y [..., F] plus the fp32 bias [F], in fp32 whatever y's type, so that the bias's gradient, a sum over all tokens, is too.
+  """y [..., F] plus the fp32 bias [F], whose gradient, a sum over all tokens, is fp32 whatever y's type. So is the sum, but on GPUs.
 
   `by_product` takes it by `sum_rows`: cheaper where dy comes straight out of a product, dearer where a pass can sum on its way.
   """

@@ -189,7 +189,7 @@ class Attention(nn.Module):
     qkv = nn.with_logical_partitioning(self.init.weight(width), ('embed', None, 'heads', None))
     qkv = self.param('qkv', qkv, (width, 3, *heads)).astype(self.dtype)
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, ('heads', None))
-    q_bias, v_bias = (self.param(n, zeros, heads).astype(self.dtype) for n in ('q_bias', 'v_bias'))
+    q_bias, v_bias = (self.param(n, zeros, heads) for n in ('q_bias', 'v_bias'))
     if self.grid is not None:
       own = RelPosBias(self.grid, self.heads, name='rel_pos_bias')()
       bias = own if bias is None else bias + own

@@ -150,7 +150,7 @@ class MIM(nn.Module):
         self._score(self.lm_head, self.norm(branches[0]), labels),
         self._score(self.aggregation_lm_head, self.aggregation_norm(branches[1]), labels),
       )
-    return self._score(self.lm_head, self.norm(jnp.stack(branches)), labels)  # one product for both
+    return self._score(self.lm_head, jnp.stack([self.norm(y) for y in branches]), labels)  # one product for both
 
   def _score(self, head, x, labels):
     if labels is None:

@@ -160,7 +160,8 @@ def _our_layers(call, args, kwargs, context):
   """
   module = context.module
   names = _ATTENTION.get(type(module).__name__)
-  if context.method_name != '__call__' or not (names or isinstance(module, nn.Conv)):
+  patching = isinstance(module, nn.Conv) and tuple(module.strides or ()) == tuple(module.kernel_size)
+  if context.method_name != '__call__' or not (names or patching) or kwargs.get('attention_mask') is not None:
     return call(*args, **kwargs)
   x, params = args[0] if args else kwargs['hidden_states'], module.variables['params']
   if not names:
@@ -169,7 +170,8 @@ def _our_layers(call, args, kwargs, context):
     y = jnp.dot(patches(x.astype(module.dtype), p), kernel.reshape(-1, width)) + bias
     return y.reshape(b, h // p, w // p, width)
   x, heads = x.astype(module.dtype), module.config.num_attention_heads
-  kernels, biases = ([params[n][k].astype(module.dtype) for n in names if n] for k in ('kernel', 'bias'))
+  kernels = [params[n]['kernel'].astype(module.dtype) for n in names if n]
+  biases = [jnp.broadcast_to(params[n].get('bias', 0.0), k.shape[1:]).astype(module.dtype) for n, k in zip(names, kernels)]
   head = lambda y: y.reshape(heads, -1)
   qkv = jnp.stack(kernels[:3], 1).reshape(x.shape[-1], 3, heads, -1)
   y = attention.attend(x, qkv, head(biases[0]), head(biases[2]), None)

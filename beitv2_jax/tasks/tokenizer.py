@@ -74,7 +74,7 @@ def load(workdir: str, dtype: str) -> tuple[VQKD, Any, Any]:
   config, variables, _ = checkpoint.load_variables(workdir, 'the workdir of a trained tokenizer')
   if config.task != 'tokenizer':
     raise UserError(f'{workdir} holds a {config.task} stage, not a tokenizer; give the workdir of configs/vqkd_*.py.')
-  config.dtype = dtype
+  config.dtype, config.layers.attention = dtype, 'auto'
   return build(config), variables, config
 
 
