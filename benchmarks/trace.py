@@ -2,7 +2,8 @@
 
   python benchmarks/trace.py WORKDIR/profile     after a run with --config.profile_steps=20
 
-Busy is the union of everything that ran on the device (on a CPU: in XLA's own threads), from the first operation to the last.
+Busy is the union of everything that ran on the first device (on a CPU: in XLA's own threads), from the first operation to the last.
+On a CPU operations contain each other, so their times do not add up.
 """
 
 import argparse
