@@ -81,7 +81,9 @@ def topology_devices(name: str) -> list:
   try:
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(platform='tpu', topology_name=name).devices)
+    # v4 comes as two devices a chip unless told otherwise; v5p is one by itself.
+    config = dict(chip_config_name='megacore') if kind == 'v4' else {}
+    return list(topologies.get_topology_desc(platform='tpu', topology_name=name, **config).devices)
   except Exception as e:  # whatever libtpu raises
     first = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
     raise UserError(f"the TPU compiler does not give {name} ({first}). It needs libtpu: pip install -e '.[aot]'.") from e

@@ -70,6 +70,13 @@ def test_the_tokenizer_step_lowers_too_and_fsdp_shards_it():
     aot.lower(c, jax.devices(), 'student')
 
 
+@pytest.mark.parametrize('slice_, chips', [('v4:2x2x1', 4), ('v5e:2x2', 4), ('v5p:2x2x1', 4), ('v6e:2x2', 4)])
+def test_a_device_is_a_chip(slice_, chips):
+  pytest.importorskip('libtpu', reason='the TPU compiler is in the extra [aot]')
+  devices = aot.topology_devices(slice_)
+  assert len(devices) == chips and sharding.make_mesh(-1, 1, devices).size == chips
+
+
 def test_errors():
   with pytest.raises(UserError, match='use one of v4, v5e, v5p, v6e'):
     aot.report(beitv2_b16.get_config(), 'v7:2x2')
