@@ -71,8 +71,12 @@ def test_the_tokenizer_step_lowers_too_and_fsdp_shards_it():
 
 
 @pytest.mark.parametrize('slice_, chips', [('v4:2x2x1', 4), ('v5e:2x2', 4), ('v5p:2x2x1', 4), ('v6e:2x2', 4)])
-def test_a_device_is_a_chip(slice_, chips):
+def test_a_device_is_a_chip(slice_, chips, monkeypatch):
   pytest.importorskip('libtpu', reason='the TPU compiler is in the extra [aot]')
+  for name, value in dict(
+    TPU_WORKER_HOSTNAMES='localhost', TPU_SKIP_MDS_QUERY='1', LIBTPU_INIT_ARGS='', ALLOW_MULTIPLE_LIBTPU_LOAD='1'
+  ).items():
+    monkeypatch.setenv(name, value)  # what aot.py sets, too, and what lets several processes load the compiler; undone afterwards
   devices = aot.topology_devices(slice_)
   assert len(devices) == chips and sharding.make_mesh(-1, 1, devices).size == chips
 
