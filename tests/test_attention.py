@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from beitv2_jax import sharding
-from beitv2_jax.models import attention, attention_tpu
+from beitv2_jax.models import attention, attention_tpu, chip
 
 
 def inputs(batch, tokens, heads, head_dim, with_bias, width=32):
@@ -68,3 +68,14 @@ def test_what_the_kernel_cannot_take():
     attention.attend(*args, 'tpu')
   assert not attention_tpu.fits(1025, 16, 64) and attention_tpu.fits(257, 12, 64)
   assert attention.attend(*args, 'auto').shape == (1, 5, 32)
+
+
+def test_a_kernel_that_is_wrong_is_left_alone(monkeypatch):
+  monkeypatch.setattr(chip, 'refused', {})
+  x = jnp.linspace(-1, 1, 8)
+  plain = lambda x: (x, 2 * x)
+  chip.check('good', lambda x: (x, 2.01 * x), plain, x)
+  chip.check('off', lambda x: (x, 2.1 * x), plain, x)
+  chip.check('NaN', lambda x: (x, x * jnp.nan), plain, x)
+  chip.check('broken', lambda x: (x, x @ jnp.ones(3)), plain, x)
+  assert chip.refused.keys() == {'off', 'NaN', 'broken'} and '5.0%' in chip.refused['off']
