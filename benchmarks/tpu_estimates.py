@@ -31,7 +31,7 @@ def runs() -> dict[str, list[str]]:
 
   for size, config in (('base', B16), ('large', L16)):
     add(f'student {size} 128', config, 'v5e:2x2', 'student', *batch(512, 4))
-    add(f'student {size} 32', config, 'v5e:2x2', 'student', *batch(128))
+  add('student base 32', B16, 'v5e:2x2', 'student', *batch(128))
   for dtype in ('float32', 'bfloat16'):
     add(f'frozen {dtype}', B16, 'v5e:2x2', 'frozen', *batch(128), f'--config.tokenizer_dtype={dtype}')
   for chips, slices in SLICES.items():
