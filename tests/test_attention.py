@@ -67,6 +67,7 @@ def test_what_the_kernel_cannot_take():
   with pytest.raises(ValueError, match='heads of 16'):
     attention.attend(*args, 'tpu')
   assert not attention_tpu.fits(1025, 16, 64) and attention_tpu.fits(257, 12, 64)
+  assert attention_tpu.fits(197, 16, 64) and not attention_tpu.fits(197, 16, 64, 'TPU v4') and attention_tpu.fits(197, 12, 64, 'TPU v4')
   assert attention.attend(*args, 'auto').shape == (1, 5, 32)
 
 

@@ -22,7 +22,8 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
   """
   mesh, heads, head_dim = jax.sharding.get_abstract_mesh(), *qkv.shape[2:]
   split = 1 if mesh.empty or heads % mesh.shape['model'] else mesh.shape['model']
-  fits = dict(tpu=attention_tpu.fits(x.shape[1], heads // split, head_dim), gpu=attention_gpu.fits(head_dim), xla=True)
+  kind = '' if mesh.empty else mesh.abstract_device.device_kind
+  fits = dict(tpu=attention_tpu.fits(x.shape[1], heads // split, head_dim, kind), gpu=attention_gpu.fits(head_dim), xla=True)
   if how == 'auto':
     rounded = dict(tpu=chip.rounded_products(), gpu=x.dtype == jnp.bfloat16)
     how = chip.platform() if rounded.get(chip.platform()) and fits[chip.platform()] and 'attention' not in chip.refused else 'xla'
@@ -32,7 +33,7 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
     return plain(x, qkv, q_bias, v_bias, bias)
   if how == 'tpu':
     cores = (mesh.abstract_device.num_cores or 1) if chip.platform() == 'tpu' else 2
-    local = functools.partial(attention_tpu.attend, on_tpu=chip.platform() == 'tpu', cores=cores)
+    local = functools.partial(attention_tpu.attend, on_tpu=chip.platform() == 'tpu', cores=cores, kind=kind)
   else:
     local = functools.partial(attention_gpu.attend, interpret=chip.platform() != 'gpu')
   if mesh.empty:

@@ -16,22 +16,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-VMEM = 48 * 2**20  # what a program may hold there, in bytes; all TPUs since v4 have more
+# What a program may hold in the fast memory, in bytes. v5e, v5p and v6e have more than 48 MiB; v4 has 16 a core.
+VMEM = {'TPU v4': 16 * 2**20}
+OTHERS = 48 * 2**20
 
 
-def fits(tokens: int, heads: int, head_dim: int) -> bool:
-  """Heads fill whole registers, and biases with their gradients fit the fast memory."""
+def fits(tokens: int, heads: int, head_dim: int, kind: str = '') -> bool:
+  """Heads fill whole registers, and biases with their gradients fit the fast memory of this kind of device."""
   padded = -(-tokens // LANES) * LANES
-  return LANES % head_dim == 0 and heads * head_dim % LANES == 0 and 4 * heads * padded**2 * 4 < VMEM
+  return LANES % head_dim == 0 and heads * head_dim % LANES == 0 and 4 * heads * padded**2 * 4 < VMEM.get(kind, OTHERS)
 
 
-def attend(x, qkv, q_bias, v_bias, bias, on_tpu: bool, cores: int):
+def attend(x, qkv, q_bias, v_bias, bias, on_tpu: bool, cores: int, kind: str = ''):
   """Arguments as of attention.attend; off a TPU the kernel is interpreted."""
   width, _, heads, _ = qkv.shape
   y = jnp.dot(x, qkv.reshape(width, -1))
   qkv_bias = jnp.stack([q_bias, jnp.zeros_like(q_bias), v_bias]).reshape(1, -1).astype(jnp.float32)
   bias = None if bias is None else bias.swapaxes(1, 2)
-  return fused(y, qkv_bias, bias, Static(heads, jnp.bfloat16 if on_tpu else x.dtype, not on_tpu, cores))
+  return fused(y, qkv_bias, bias, Static(heads, jnp.bfloat16 if on_tpu else x.dtype, not on_tpu, cores, VMEM.get(kind, OTHERS)))
 
 
 def _dot(a, b, dim_a, dim_b):
@@ -139,7 +141,7 @@ def _call(kernel, name, inputs, static, out, sums=()):
     in_specs=[image(qkv), *map(whole, biases), *map(image, more)],
     out_shape=out + sums,
     out_specs=[*map(image, out), *map(own, sums)],
-    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=VMEM),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=static.vmem),
     metadata=dict(turns=str(batch)),  # aot.py multiplies the compiler's schedule by it
     interpret=static.interpret,
   )(qkv, *biases, *more)
@@ -147,12 +149,13 @@ def _call(kernel, name, inputs, static, out, sums=()):
 
 
 class Static(NamedTuple):
-  """What a kernel is compiled for: heads, type of the products, whether it is interpreted, cores that share the work."""
+  """What a kernel is compiled for: heads, type of the products, whether it is interpreted, cores that share the work, fast memory in bytes."""
 
   heads: int
   products: Any
   interpret: bool
   cores: int
+  vmem: int = OTHERS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
