@@ -23,6 +23,12 @@ def rounded_products() -> bool:
   return platform() == 'tpu' and jax.config.jax_default_matmul_precision in (None, 'default', 'bfloat16')
 
 
+def made_anew(x: jax.Array) -> jax.Array:
+  """x, from which the compiler makes again what it has made of x before: inside a product that costs less than to keep and read it.
+  Not on GPUs, whose compiler can't make it inside a product."""
+  return x if platform() == 'gpu' else jax.lax.optimization_barrier(x)
+
+
 def check(kernel: str, ours: Callable, plain: Callable, *args, tolerance: float = 0.03) -> None:
   """Compares `ours(*args)` with `plain` of the same in fp32, on this process's chip. Refuses the kernel if it fails, or is off by more
   than `tolerance` of the largest value."""

@@ -88,8 +88,7 @@ def gelu_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _gelu_product_backward(saved, dy):
   x, kernel = saved
-  if chip.platform() != 'gpu':  # whose compiler can't make it inside the product, so that keeping it is cheaper
-    x = jax.lax.optimization_barrier(x)  # or the compiler finds that it has gelu(x) already, and keeps it
+  x = chip.made_anew(x)  # or the compiler finds that it has gelu(x) already, and keeps it
   features = lambda y: y.reshape(-1, y.shape[-1])
   return _gelu_backward(x, jnp.dot(dy, kernel.T))[0], jnp.dot(features(gelu(x)).T, features(dy))
 
@@ -167,18 +166,19 @@ def check() -> None:
   chip.check('TF32 product', product, lambda x: (jnp.dot(x, x.T, precision='highest'),), rows, tolerance=1e-5)
 
 
-def sum_rows(x: jax.Array) -> jax.Array:
-  """[..., F] → fp32 [F]. On the matrix unit if x is bf16, which is exact too: what computes x can then be part of a product."""
-  rows = tuple(range(x.ndim - 1))  # not reshaped into one axis: the batch among them may be sharded
+def sum_rows(x: jax.Array, axes: int | None = None) -> jax.Array:
+  """fp32 sum over the first `axes` axes, all but the last if not given. On the matrix unit if x is bf16, which is exact too: what
+  computes x can then be part of a product."""
+  rows = tuple(range(x.ndim - 1 if axes is None else axes))  # not reshaped into one axis: the batch among them may be sharded
   if x.dtype == jnp.float32:
     return x.sum(rows)
-  ones = jnp.ones((8, *x.shape[:-1]), x.dtype)  # eight times: the compiler would make one into a plain sum again
+  ones = jnp.ones((8, *x.shape[: len(rows)]), x.dtype)  # eight times: the compiler would make one into a plain sum again
   return jax.lax.dot_general(ones, x, ((tuple(r + 1 for r in rows), rows), ((), ())), preferred_element_type=jnp.float32)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def add_bias(y: jax.Array, bias: jax.Array, by_product: bool = False) -> jax.Array:
-  """y [..., F] plus the fp32 bias [F], whose gradient, a sum over all tokens, is fp32 whatever y's type. So is the sum, but on GPUs.
+  """y [..., F] plus the fp32 bias [F], whose gradient, a sum over all tokens, is fp32 whatever y's type. So is the sum, except on GPUs.
 
   `by_product` takes it by `sum_rows`: cheaper where dy comes straight out of a product, dearer where a pass can sum on its way.
   """
@@ -204,14 +204,7 @@ def add_positions(x: jax.Array, table: jax.Array) -> jax.Array:
   return x + table.astype(x.dtype)
 
 
-def _add_positions_backward(_, dy):
-  if dy.dtype == jnp.float32:
-    return dy, dy.sum(0)
-  ones = jnp.ones((8, dy.shape[0]), dy.dtype)
-  return dy, jnp.einsum('nb,btd->ntd', ones, dy, preferred_element_type=jnp.float32)[0]
-
-
-add_positions.defvjp(lambda x, table: (add_positions(x, table), None), _add_positions_backward)
+add_positions.defvjp(lambda x, table: (add_positions(x, table), None), lambda _, dy: (dy, sum_rows(dy, 1)))
 
 
 def scale_output(kernel: jax.Array, bias: jax.Array, gamma: jax.Array | None) -> tuple[jax.Array, jax.Array]:

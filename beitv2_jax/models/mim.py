@@ -49,9 +49,8 @@ def _code_loss_backward(saved, cotangents):
     p = jnp.exp(products.astype(jnp.float32) + bias - lse[..., None]) - (code == labels[..., None])
     return (p * cotangents[0][..., None]).astype(products.dtype)
 
-  # On a TPU they are made anew inside each product; without the barrier the compiler would write them out to use them three times.
-  again = products if chip.platform() == 'gpu' else jax.lax.optimization_barrier(products)
-  return slopes(products), sum_rows(slopes(again)), None
+  again = slopes(chip.made_anew(products))  # or the compiler would write them out to use them three times
+  return slopes(products), sum_rows(again), None
 
 
 code_loss.defvjp(_code_loss_forward, _code_loss_backward)
