@@ -62,12 +62,33 @@ def test_kernel_under_a_mesh(how, data, model):
   assert_close(split, alone, 1e-5)
 
 
+@pytest.mark.parametrize('model', [1, 2])
+@pytest.mark.parametrize('with_bias', [True, False])
+def test_kernel_in_programs_and_tiles(model, with_bias, monkeypatch):
+  """Too many tokens for all heads at once: each program takes two of eight, and three tiles of queries one after the other."""
+  monkeypatch.setattr(attention_tpu, 'ENOUGH', 6 * 2**20)
+  monkeypatch.setattr(attention_tpu, 'TILE', 128 * 300)
+  assert attention_tpu.plan(300, 8 // model, 64)[1:3] == (2, 128)
+  args = inputs(4, 300, 8, 64, with_bias)
+  dy = jnp.asarray(np.random.default_rng(1).normal(size=(4, 300, 512)), jnp.float32)
+  alone = both_ways('xla', args, dy)
+  with jax.set_mesh(sharding.make_mesh(2, model, jax.devices()[: 2 * model])):
+    assert_close(both_ways('tpu', args, dy), alone, 1e-5)
+
+
+def test_what_fits_the_fast_memory():
+  together = lambda *args: (p := attention_tpu.plan(*args)) and p.together
+  assert together(197, 12, 64) == 12 and together(197, 16, 64) == 16
+  assert together(197, 12, 64, 'TPU v4') == 12 and together(197, 16, 64, 'TPU v4') == 8
+  assert together(577, 16, 64) == 4 and together(577, 16, 64, 'TPU v4') is None
+  assert together(1025, 16, 64) is None and together(1025, 16, 64, 'TPU v5 lite') == 2
+  assert together(17, 2, 16) is None and together(17, 3, 64) is None
+
+
 def test_what_the_kernel_cannot_take():
   args = inputs(1, 5, 2, 16, False)
   with pytest.raises(ValueError, match='heads of 16'):
     attention.attend(*args, 'tpu')
-  assert not attention_tpu.fits(1025, 16, 64) and attention_tpu.fits(257, 12, 64)
-  assert attention_tpu.fits(197, 16, 64) and not attention_tpu.fits(197, 16, 64, 'TPU v4') and attention_tpu.fits(197, 12, 64, 'TPU v4')
   assert attention.attend(*args, 'auto').shape == (1, 5, 32)
 
 

@@ -23,7 +23,8 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
   mesh, heads, head_dim = jax.sharding.get_abstract_mesh(), *qkv.shape[2:]
   split = 1 if mesh.empty or heads % mesh.shape['model'] else mesh.shape['model']
   kind = '' if mesh.empty else mesh.abstract_device.device_kind
-  fits = dict(tpu=attention_tpu.fits(x.shape[1], heads // split, head_dim, kind), gpu=attention_gpu.fits(head_dim), xla=True)
+  plan = attention_tpu.plan(x.shape[1], heads // split, head_dim, kind)
+  fits = dict(tpu=plan is not None, gpu=attention_gpu.fits(head_dim), xla=True)
   if how == 'auto':
     rounded = dict(tpu=chip.rounded_products(), gpu=x.dtype == jnp.bfloat16)
     how = chip.platform() if rounded.get(chip.platform()) and fits[chip.platform()] and 'attention' not in chip.refused else 'xla'
@@ -33,7 +34,7 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
     return plain(x, qkv, q_bias, v_bias, bias)
   if how == 'tpu':
     cores = (mesh.abstract_device.num_cores or 1) if chip.platform() == 'tpu' else 2
-    local = functools.partial(attention_tpu.attend, on_tpu=chip.platform() == 'tpu', cores=cores, kind=kind)
+    local = functools.partial(attention_tpu.attend, plan=plan, on_tpu=chip.platform() == 'tpu', cores=cores)
   else:
     local = functools.partial(attention_gpu.attend, interpret=chip.platform() != 'gpu')
   if mesh.empty:
@@ -68,6 +69,6 @@ def check(head_dims: Iterable[int] = (64,)) -> None:
     shapes = (2, tokens, width), (width, 3, heads, head_dim), (heads, head_dim), (heads, head_dim), (heads, tokens, tokens)
     args = [jnp.asarray(rng.normal(size=s, scale=width**-0.5 if len(s) == 4 else 1), jnp.float32) for s in shapes]
     args[:2] = (x.astype(jnp.bfloat16) for x in args[:2])
-    fits = attention_gpu.fits(head_dim) if how == 'gpu' else attention_tpu.fits(tokens, heads, head_dim)
+    fits = attention_gpu.fits(head_dim) if how == 'gpu' else attention_tpu.plan(tokens, heads, head_dim)
     for some in (args, args[:4]) if fits else ():
       chip.check('attention', *(functools.partial(both, h) for h in (how, 'xla')), *some)
