@@ -116,7 +116,7 @@ def lower(c: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
   frozen, key = jax.tree.map(place, frozen), place(jax.eval_shape(lambda: jax.random.key(0)))
   batch = abstract_batch(c, mesh, part)
   tx, schedule = optim.make(c.optim, 1000, 10)
-  _, abstract, shardings = train.init_state(task, tx, mesh, c.mesh.rules, jax.random.key(0))
+  _, abstract, shardings, whole = train.init_state(task, tx, mesh, c.mesh, jax.random.key(0))
   state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
   if part == 'frozen':
     if c.task != 'pretrain':
@@ -129,7 +129,7 @@ def lower(c: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
       return run.lower(frozen, batch['image']), mesh, state
   if part == 'student' and c.task != 'pretrain':
     raise UserError('--part=student is for pretraining configs.')
-  step = train.make_train_step(task, tx, schedule, c.accumulate)
+  step = train.make_train_step(task, tx, schedule, c.accumulate, shardings, whole)
   step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
   with jax.set_mesh(mesh):
     return step.lower(state, {} if part == 'student' else frozen, batch, key), mesh, state

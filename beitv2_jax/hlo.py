@@ -48,6 +48,7 @@ class Program:
       same = [j['name'] for j in kernels if j['kernel']['body'] == i['kernel']['body']]
       i['cycles'] = kernel_cycles(same, i['kernel']['turns'], i['kernel']['moved'])
     self.times: collections.Counter = collections.Counter()
+    self.started: collections.Counter = collections.Counter()  # fusions that start a collective, which others then carry on
     self.unknown_loops = 0  # counted as one turn
     if self.entry:
       self._visit(self.entry, 1)
@@ -67,7 +68,7 @@ class Program:
     branches = re.search(r'branch_computations=\{([^}]*)\}', rest)
     return dict(
       name=name, opcode=opcode, kernel=kernel, bytes=_shape_bytes(shape), cycles=cycles, constant=int(constant[1]) if constant else None,
-      source=source[1] if source else '', called=called,
+      source=source[1] if source else '', called=called, starts='custom_call_target="AsyncCollectiveStart"' in rest,
       branches=[b.strip().lstrip('%') for b in branches[1].split(',')] if branches else [],
     )  # fmt: skip
 
@@ -91,9 +92,11 @@ class Program:
           self._visit(branch, times)
       elif i['opcode'] == 'async-start' and 'calls' in i['called']:
         self._visit(i['called']['calls'], times)
+      elif i['opcode'] == 'fusion' and any(j['starts'] for j in self.computations.get(i['called'].get('calls'), ())):
+        self.started[i['called']['calls']] += times
 
-  def _all(self):
-    for name, times in self.times.items():
+  def _all(self, started: bool = False):
+    for name, times in (self.times + self.started if started else self.times).items():
       for i in self.computations.get(name, ()):
         yield i, times
 
@@ -113,7 +116,7 @@ class Program:
   def collectives(self) -> list[dict[str, Any]]:
     """Per kind: how often a step, and the bytes a chip sends (ring algorithms: twice the result for an all-reduce)."""
     counts, moved = collections.Counter(), collections.Counter()
-    for i, times in self._all():
+    for i, times in self._all(started=True):
       kind = i['opcode'].removesuffix('-start')
       if kind in _COLLECTIVES:
         counts[kind] += times

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from beitv2_jax.errors import UserError
 
+SMALL = 2**16  # to put so few numbers together costs more than to update them on every device
+
 
 def make_mesh(data: int = -1, model: int = 1, devices: Any = None) -> Mesh:
   devices = jax.devices() if devices is None else devices
@@ -46,6 +48,21 @@ def variable_shardings(mesh: Mesh, rules: Any, init: Callable, *args) -> tuple[A
     return NamedSharding(mesh, axes)
 
   return abstract, jax.tree_util.tree_map_with_path(one, abstract, specs)
+
+
+def split_over_data(mesh: Mesh, params: Any, shardings: Any) -> Any:
+  """`shardings` of abstract `params`, with large ones cut up over `data` as well, along the first axis that divides."""
+  parts = mesh.shape['data']
+
+  def one(x, sharding):
+    axes = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    free = [i for i, (size, axis) in enumerate(zip(x.shape, axes)) if axis is None and size % parts == 0]
+    if parts == 1 or 'data' in axes or not free or x.size < SMALL:
+      return sharding
+    axes[free[0]] = 'data'
+    return NamedSharding(mesh, P(*axes))
+
+  return jax.tree.map(one, params, shardings)
 
 
 def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, params: Any, shardings: Any) -> tuple[Any, Any]:

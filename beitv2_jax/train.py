@@ -40,16 +40,22 @@ class Interrupted(SystemExit):
   """A signal asked the run to stop; its state is saved."""
 
 
-def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, schedule: Callable, parts: int = 1) -> Callable:
-  """Pure (state, frozen, batch, key) → (state, metrics). The batch is worked through in `parts`, whose gradients are averaged."""
+def make_train_step(
+  task: tasks.Task, tx: optax.GradientTransformation, schedule: Callable, parts: int, shardings: TrainState, whole: Any
+) -> Callable:
+  """Pure (state, frozen, batch, key) → (state, metrics). The batch is worked through in `parts`, whose gradients are averaged.
+
+  Parameters are taken from where `shardings` keep them to `whole`, once a step; gradients go back.
+  """
 
   def step(state: TrainState, frozen, batch, key):
     key, update_key = jax.random.split(jax.random.fold_in(key, state.step))
+    params = jax.lax.with_sharding_constraint(state.params, whole)
 
     def gradient(batch, key):
       loss_fn = lambda params: task.loss(params, state.model_state, frozen, batch, key)
-      (loss, (stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-      return grads, metrics | dict(loss=loss), stats
+      (loss, (stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+      return jax.lax.with_sharding_constraint(grads, shardings.params), metrics | dict(loss=loss), stats
 
     def add(total, part):
       grads, metrics, stats = gradient(*part)
@@ -74,9 +80,14 @@ def make_train_step(task: tasks.Task, tx: optax.GradientTransformation, schedule
   return step
 
 
-def init_state(task: tasks.Task, tx: Any, mesh: Any, rules: Any, key: jax.Array) -> tuple[Callable, TrainState, TrainState]:
-  """(function that makes the state already sharded, its abstract value, its shardings)."""
-  variables, placed = sharding.variable_shardings(mesh, rules, task.init, key)
+def init_state(task: tasks.Task, tx: Any, mesh: Any, c: Any, key: jax.Array) -> tuple[Callable, TrainState, TrainState, Any]:
+  """(function that makes the state already sharded, its abstract value, its shardings, those of the parameters while they are used).
+
+  `c` is the config's `mesh`."""
+  variables, placed = sharding.variable_shardings(mesh, c.rules, task.init, key)
+  whole = placed['params']
+  if c.shard_state:
+    placed = placed | dict(params=sharding.split_over_data(mesh, variables['params'], whole))
   opt, opt_placed = sharding.optimizer_shardings(mesh, tx, variables['params'], placed['params'])
   step = jax.ShapeDtypeStruct((), jnp.int32)
   abstract = TrainState.join(variables, dict(step=step, opt_state=opt))
@@ -86,7 +97,7 @@ def init_state(task: tasks.Task, tx: Any, mesh: Any, rules: Any, key: jax.Array)
     variables = sharding.unbox(task.init(key))
     return TrainState.join(variables, dict(step=jnp.zeros((), jnp.int32), opt_state=tx.init(variables['params'])))
 
-  return jax.jit(make, out_shardings=shardings), abstract, shardings
+  return jax.jit(make, out_shardings=shardings), abstract, shardings, whole
 
 
 def start_from(where: str, task: tasks.Task, state: TrainState, shardings: TrainState) -> TrainState:
@@ -126,7 +137,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
   tx, schedule = optim.make(c.optim, steps, warmup)
   # Made on the mesh: a key on one device would have to move to the others in every step.
   init_key, warm_key, key = jax.jit(lambda: tuple(jax.random.split(jax.random.key(c.seed), 3)), out_shardings=sharding.replicated(mesh))()
-  make_state, abstract, shardings = init_state(task, tx, mesh, c.mesh.rules, init_key)
+  make_state, abstract, shardings, whole = init_state(task, tx, mesh, c.mesh, init_key)
   checkpoints = checkpoint.Checkpoints(workdir, c.checkpoint.keep, c.checkpoint.keep_every)
   start = checkpoints.latest() or 0
   if start:
@@ -167,7 +178,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
         opened['eval'], transforms['eval'], seed=c.seed, batch=c.eval_batch_size or c.batch_size,
         process=jax.process_index(), processes=jax.process_count(), max_bad=c.data.max_bad,
     )  # fmt: skip
-    return evaluate.run(task, eval_step, (state.params, state.model_state, frozen), rows, mesh)
+    return evaluate.run(task, eval_step, (jax.device_put(state.params, whole), state.model_state, frozen), rows, mesh)
 
   def pull():
     began = time.monotonic()
@@ -198,7 +209,9 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
         metrics.say(f'warning at step {step}: {warning}')
 
   train_step = jax.jit(
-    make_train_step(task, tx, schedule, c.accumulate), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
+    make_train_step(task, tx, schedule, c.accumulate, shardings, whole),
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
   )
   signals = _Signals()
   profile = _Profile(workdir / 'profile', c.profile_steps if jax.process_index() == 0 else 0)
@@ -210,7 +223,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
         batch, wait = pull()
         if step == 0 and not c.init_from:
           warm = jax.jit(task.warm_start, out_shardings=shardings.model_state)
-          state = state._replace(model_state=warm(state.params, state.model_state, frozen, batch, warm_key))
+          state = state._replace(model_state=warm(jax.device_put(state.params, whole), state.model_state, frozen, batch, warm_key))
       while step < steps:
         waited.append(pending is not None and pending[1]['loss'].is_ready())
         with jax.transfer_guard('disallow'):
@@ -241,7 +254,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
       results = evaluate_now(state)
       metrics.write(step, 'eval', results)
       if jax.process_index() == 0:
-        task.finish(state.params, workdir)
+        task.finish(jax.device_put(state.params, whole), workdir)
   except Interrupted:
     metrics.say(f'stopped at step {step} and saved; the same command goes on from there.')
     raise

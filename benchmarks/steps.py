@@ -55,14 +55,16 @@ def ours(args) -> tuple[list[float], int]:
   frozen = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), frozen)
   mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
   tx, schedule = optim.make(c.optim, 1000, 10)
-  make_state, _, shardings = train.init_state(task, tx, mesh, c.mesh.rules, jax.random.key(0))
+  make_state, _, shardings, whole = train.init_state(task, tx, mesh, c.mesh, jax.random.key(0))
   state, frozen = make_state(jax.random.key(0)), sharding.put_replicated(frozen, mesh)
   batch = dict(image=rng.integers(0, 256, (args.batch, 224, 224, 3), np.uint8))
   if 'mask' in c:
     batch['mask_index'] = np.stack([np.sort(rng.permutation(196)[:75]) for _ in range(args.batch)]).astype(np.int32)
   batch = sharding.put_batch(batch, mesh)
   key = jax.random.key(1)
-  update = jax.jit(train.make_train_step(task, tx, schedule), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+  update = jax.jit(
+    train.make_train_step(task, tx, schedule, 1, shardings, whole), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
+  )
   gflop = sum(flops.per_image(c).values()) / 1e9
   print(f'GFLOP an image: {gflop:.0f}', file=sys.stderr)
 

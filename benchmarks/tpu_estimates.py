@@ -1,6 +1,7 @@
 """The tables of docs/performance.md that come from the TPU compiler: every program compiled for chips that are not there.
 
-  python benchmarks/tpu_estimates.py            compiles what is not in benchmarks/tpu_estimates.json yet (minutes each), then prints
+  python benchmarks/tpu_estimates.py            compiles what benchmarks/tpu_estimates.json lacks, or has with other arguments (minutes each),
+                                                then prints
   python benchmarks/tpu_estimates.py --print    only prints the tables, and draws docs/growth.png
 
 Needs the extra [aot]. All figures are compiler estimates.
@@ -19,6 +20,9 @@ B16, L16, VQKD = 'configs/beitv2_b16.py', 'configs/beitv2_l16.py', 'configs/vqkd
 SLICES = {64: dict(v4='4x4x4', v5e='8x8', v5p='4x4x4', v6e='8x8'), 256: dict(v5e='16x16')}
 
 
+WHOLE = '--config.mesh.shard_state=False'  # every chip holds and updates all parameters
+
+
 def runs() -> dict[str, list[str]]:
   """{name: arguments of beitv2_jax.aot}."""
   out = {}
@@ -32,12 +36,15 @@ def runs() -> dict[str, list[str]]:
   for size, config in (('base', B16), ('large', L16)):
     add(f'student {size} 128', config, 'v5e:2x2', 'student', *batch(512, 4))
   add('student base 32', B16, 'v5e:2x2', 'student', *batch(128))
+  add('student base 32, whole', B16, 'v5e:2x2', 'student', *batch(128), WHOLE)
   for dtype in ('float32', 'bfloat16'):
     add(f'frozen {dtype}', B16, 'v5e:2x2', 'frozen', *batch(128), f'--config.tokenizer_dtype={dtype}')
   for chips, slices in SLICES.items():
     for chip, shape in slices.items():
       for name, config in (('tokenizer', VQKD), ('base', B16), ('large', L16)):
         add(f'{name} {chip} {chips}', config, f'{chip}:{shape}', 'step')
+        if chip == 'v5e':
+          add(f'{name} {chip} {chips}, whole', config, f'{chip}:{shape}', 'step', WHOLE)
   for n in (8, 16, 64):
     add(f'growth batch {n}', B16, 'v5e:2x2', 'student', *batch(4 * n))
   add('base v5e 16', B16, 'v5e:4x4', 'step', *batch(2048, 4))  # and on 64 and 256 chips, above
@@ -62,7 +69,7 @@ def runs() -> dict[str, list[str]]:
 def compile_missing(only: str) -> None:
   results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
   for name, args in runs().items():
-    if name in results or only not in name:
+    if results.get(name, {}).get('arguments') == args or only not in name:
       continue
     start = time.monotonic()
     with tempfile.NamedTemporaryFile(suffix='.json') as file:
@@ -83,6 +90,7 @@ def compile_missing(only: str) -> None:
 
 
 COLUMNS = {
+  'state': lambda r: '–' if '--part=frozen' in r['arguments'] else 'whole' if WHOLE in r['arguments'] else 'in parts',
   'images a chip': lambda r: f'{r["images_per_chip"]:g}',
   'images/s a chip': lambda r: f'{r["images_per_second_chip"]:,.0f}',
   'of peak': lambda r: f'{100 * r["share_of_peak"]:.1f} %',

@@ -27,8 +27,21 @@ PROGRAM = """HloModule jit_step
   ROOT %t = (s32[], f32[4]{0}) tuple(%p, %f)
 }
 
+%start (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %y = f32[8]{0} all-gather(%a), dimensions={0}
+  ROOT %z = (f32[4]{0}, f32[8]{0}) custom-call(%y), custom_call_target="AsyncCollectiveStart"
+}
+
+%go_on (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  ROOT %y = f32[8]{0} all-gather(%a), dimensions={0}
+}
+
 ENTRY %main (a: f32[4]) -> f32[4] {
   %a = f32[4]{0} parameter(0)
+  %f1 = f32[8]{0} fusion(%a), kind=kCustom, calls=%start
+  %f2 = f32[8]{0} fusion(%f1), kind=kCustom, calls=%go_on
   %w = (s32[], f32[4]{0}) while(%a), condition=%cond, body=%body
   %g = bf16[8,128]{1,0} fusion(%a), kind=kLoop, calls=%inner, metadata={op_name="jit(step)/jvp(M)/block_12/fc1"}, backend_config={"estimated_cycles":"7"}
   %r = (f32[64,2]{1,0}, bf16[4]{0}) all-reduce(%g), to_apply=%inner
@@ -44,7 +57,10 @@ def test_loops_count_their_turns_and_fusions_once():
   assert program.cycles() == 9 * 10 + 7 and program.unknown_loops == 0
   assert program.dearest() == [dict(name='jvp(M)/block/fc1', cycles=97, count=10)]
   moved = {m['kind']: (m['count'], m['bytes']) for m in program.collectives()}
-  assert moved == {'all-reduce': (1, 2 * (64 * 2 * 4 + 4 * 2)), 'all-gather': (1, 64)}
+  assert moved == {
+    'all-reduce': (1, 2 * (64 * 2 * 4 + 4 * 2)),
+    'all-gather': (2, 64 + 32),
+  }  # what a fusion starts, but not what goes on with it
   missing = program.without_estimate()
   assert missing['custom-call'] == 1 and missing['all-reduce'] == 1 and 'while' not in missing and 'all-gather-done' not in missing
   assert hlo.Program(PROGRAM.replace('constant(9)', 'parameter(1)')).unknown_loops == 1
