@@ -199,7 +199,9 @@ def advice(c: Any, r: dict) -> str:
   if c.layers.remat == 'none':
     steps.append('--config.layers.remat=dots (or full)')
   steps.append(f'--config.accumulate={2 * c.accumulate}')
-  steps.append("sharding the parameters: --config.mesh.rules=\"(('heads','model'),('mlp','model'),('vocab','model'),('embed','data'))\"")
+  steps.append(
+    "sharding the parameters also while they are used (FSDP): --config.mesh.rules=\"(('heads','model'),('mlp','model'),('vocab','model'),('embed','data'))\""
+  )
   return 'It does not fit. Try ' + ', '.join(steps) + ', or a larger slice.'
 
 

@@ -65,7 +65,7 @@ def base(task: str) -> ConfigDict:
       model=1,
       # logical axis of a parameter → mesh axis; ('embed', 'data') makes it FSDP
       rules=(('heads', 'model'), ('mlp', 'model'), ('vocab', 'model'), ('embed', None)),
-      shard_state=True,  # large parameters and their moments lie in parts over `data`, and are put together once a step (ZeRO, stage 2)
+      shard_state=True,  # large parameters and their moments lie in parts over `data`, and are put together for each step (as in ZeRO)
     )
   )
   c.accumulate = 1  # parts that a batch is cut into, one after the other; the gradients are averaged
@@ -211,9 +211,9 @@ def load(workdir: str | Path, what: str = 'a workdir of a finished stage') -> Co
 
 
 def changes(old: ConfigDict, new: ConfigDict, prefix: str = '') -> list[str]:
-  """Human-readable differences, 'optim.lr: 0.1 -> 0.2', of two configs."""
+  """Human-readable differences, 'optim.lr: 0.1 -> 0.2', of two configs. A key that `old` lacks is newer than it, and none."""
   out = []
-  for key in sorted({*old, *new}):
+  for key in sorted(old):
     a, b = old.get(key), new.get(key)
     if isinstance(a, ConfigDict) and isinstance(b, ConfigDict):
       out += changes(a, b, f'{prefix}{key}.')

@@ -41,25 +41,26 @@ class Interrupted(SystemExit):
 
 
 def make_train_step(
-  task: tasks.Task, tx: optax.GradientTransformation, schedule: Callable, parts: int, shardings: TrainState, whole: Any
+  task: tasks.Task, tx: optax.GradientTransformation, schedule: Callable, parts: int, shardings: TrainState, whole: dict
 ) -> Callable:
   """Pure (state, frozen, batch, key) → (state, metrics). The batch is worked through in `parts`, whose gradients are averaged.
 
-  Parameters are taken from where `shardings` keep them to `whole`, once a step; gradients go back.
+  The parameters lie as `shardings` say, and are used as `whole` says; gradients come back to where the parameters lie.
   """
+  place = jax.lax.with_sharding_constraint
 
   def step(state: TrainState, frozen, batch, key):
     key, update_key = jax.random.split(jax.random.fold_in(key, state.step))
-    params = jax.lax.with_sharding_constraint(state.params, whole)
+    params = place(state.params, whole['params'])
 
     def gradient(batch, key):
       loss_fn = lambda params: task.loss(params, state.model_state, frozen, batch, key)
       (loss, (stats, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-      return jax.lax.with_sharding_constraint(grads, shardings.params), metrics | dict(loss=loss), stats
+      return grads, metrics | dict(loss=loss), stats
 
     def add(total, part):
       grads, metrics, stats = gradient(*part)
-      return jax.tree.map(jnp.add, total, (grads, metrics)), stats
+      return jax.tree.map(jnp.add, total, (place(grads, whole['params']), metrics)), stats
 
     if parts == 1:
       grads, metrics, stats = gradient(batch, key)
@@ -71,6 +72,7 @@ def make_train_step(
       zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], each))[:2])
       (grads, metrics), stats = jax.lax.scan(add, zeros, each)
       grads, metrics = jax.tree.map(lambda x: x / parts, (grads, metrics))
+    grads = place(grads, shardings.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     model_state, more = task.update(state.model_state, stats, update_key, params)
@@ -80,14 +82,15 @@ def make_train_step(
   return step
 
 
-def init_state(task: tasks.Task, tx: Any, mesh: Any, c: Any, key: jax.Array) -> tuple[Callable, TrainState, TrainState, Any]:
-  """(function that makes the state already sharded, its abstract value, its shardings, those of the parameters while they are used).
+def init_state(task: tasks.Task, tx: Any, mesh: Any, c: Any, key: jax.Array) -> tuple[Callable, TrainState, TrainState, dict]:
+  """(function that makes the state already sharded, its abstract value, its shardings, those of its variables while they are used).
 
   `c` is the config's `mesh`."""
-  variables, placed = sharding.variable_shardings(mesh, c.rules, task.init, key)
-  whole = placed['params']
-  if c.shard_state:
-    placed = placed | dict(params=sharding.split_over_data(mesh, variables['params'], whole))
+  variables, whole = sharding.variable_shardings(mesh, c.rules, task.init, key)
+  placed = whole
+  if c.shard_state:  # the parameters, and an average of them
+    like = jax.tree.structure(variables['params'])
+    placed = {k: sharding.split_over_data(mesh, v, whole[k]) if jax.tree.structure(v) == like else whole[k] for k, v in variables.items()}
   opt, opt_placed = sharding.optimizer_shardings(mesh, tx, variables['params'], placed['params'])
   step = jax.ShapeDtypeStruct((), jnp.int32)
   abstract = TrainState.join(variables, dict(step=step, opt_state=opt))
@@ -104,6 +107,7 @@ def start_from(where: str, task: tasks.Task, state: TrainState, shardings: Train
   """A fresh `state` with the weights of the stage in `where`, placed like its own. Raises UserError if they do not fit."""
   config, variables, _ = checkpoint.load_variables(where, 'a workdir, or a directory made by beitv2_jax.convert')
   fresh, optimizer = state.split()
+  fresh = jax.jit(lambda x: x, out_shardings=state.step.sharding)(fresh)  # on every device: what the other stage lacks is taken from it
   variables = task.adopt(config, variables, fresh)
   handoff.check_same(variables, fresh, f'init_from={where}', 'the model of this config', 'Give this stage the same sizes.')
   return TrainState.join(sharding.put(variables, shardings.split()[0]), optimizer)
@@ -172,13 +176,20 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
       process=jax.process_index(), processes=jax.process_count(), max_bad=c.data.max_bad,
   )  # fmt: skip
   eval_step = evaluate.make_eval_step(task, mesh)
+  put_together = jax.jit(lambda variables: variables, out_shardings=whole)
+
+  def together(state):
+    """The state with its variables as a step uses them. All processes must call it."""
+    variables, optimizer = state.split()
+    return TrainState.join(put_together(variables), optimizer)
 
   def evaluate_now(state):
     rows = pipeline.eval_batches(
         opened['eval'], transforms['eval'], seed=c.seed, batch=c.eval_batch_size or c.batch_size,
         process=jax.process_index(), processes=jax.process_count(), max_bad=c.data.max_bad,
     )  # fmt: skip
-    return evaluate.run(task, eval_step, (jax.device_put(state.params, whole), state.model_state, frozen), rows, mesh)
+    state = together(state)
+    return evaluate.run(task, eval_step, (state.params, state.model_state, frozen), rows, mesh)
 
   def pull():
     began = time.monotonic()
@@ -223,7 +234,7 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
         batch, wait = pull()
         if step == 0 and not c.init_from:
           warm = jax.jit(task.warm_start, out_shardings=shardings.model_state)
-          state = state._replace(model_state=warm(jax.device_put(state.params, whole), state.model_state, frozen, batch, warm_key))
+          state = state._replace(model_state=warm(together(state).params, state.model_state, frozen, batch, warm_key))
       while step < steps:
         waited.append(pending is not None and pending[1]['loss'].is_ready())
         with jax.transfer_guard('disallow'):
@@ -253,8 +264,9 @@ def run(c: Any, workdir: str | Path) -> dict[str, float]:
       checkpoints.wait()
       results = evaluate_now(state)
       metrics.write(step, 'eval', results)
+      params = together(state).params
       if jax.process_index() == 0:
-        task.finish(jax.device_put(state.params, whole), workdir)
+        task.finish(params, workdir)
   except Interrupted:
     metrics.say(f'stopped at step {step} and saved; the same command goes on from there.')
     raise

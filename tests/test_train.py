@@ -17,6 +17,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.models import attention_gpu, chip, norm_gpu
+from configs import finetune_b16
 from tests.conftest import main_command, main_env, run_main, smoke
 
 
@@ -206,6 +207,31 @@ def test_the_way_through_gpu_kernels(task, monkeypatch):
 FLAG = f'--config.mesh.rules={FSDP}'
 
 
+def two_processes(*args):
+  """Two processes of two devices each, through the same entry point."""
+  import socket
+
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  command = main_command(*args, f'--coordinator=localhost:{port}', '--processes=2')
+  started = [
+    subprocess.Popen([*command, f'--process={i}'], env=main_env(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for i in (0, 1)
+  ]
+  for p in started:
+    out, _ = p.communicate(timeout=400)
+    assert p.returncode == 0, out[-3000:]
+
+
+@pytest.fixture(scope='module')
+def wide(tmp_path_factory):
+  """A tokenizer whose matrices are large enough to be kept in parts."""
+  workdir = tmp_path_factory.mktemp('wide')
+  train.run(smoke('tokenizer', model__encoder__width=128), workdir)
+  return workdir
+
+
 @pytest.mark.parametrize(
   'layout',
   [
@@ -216,27 +242,28 @@ FLAG = f'--config.mesh.rules={FSDP}'
   ],
   ids=['data', 'tensor', 'fsdp', 'mixed'],
 )
-def test_two_processes_give_the_numbers_of_one(runs, tmp_path, layout):
-  """Two processes of two devices each, through the same entry point; a single device goes on from what they saved."""
-  import socket
-
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    port = s.getsockname()[1]
-  common = ['--config=configs/vqkd_b16.py:smoke', f'--workdir={tmp_path}', f'--coordinator=localhost:{port}', '--processes=2', *layout]
-  started = [
-    subprocess.Popen(main_command(*common, f'--process={i}'), env=main_env(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for i in (0, 1)
-  ]
-  for p in started:
-    out, _ = p.communicate(timeout=400)
-    assert p.returncode == 0, out[-3000:]
-  alone = losses(runs[0] / 'tokenizer')
-  np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
+def test_two_processes_give_the_numbers_of_one(wide, tmp_path, layout):
+  """And a single device goes on from what they saved."""
+  two_processes('--config=configs/vqkd_b16.py:smoke', f'--workdir={tmp_path}', '--config.model.encoder.width=128', *layout)
+  np.testing.assert_allclose(losses(tmp_path), losses(wide), rtol=1e-5)
   assert checkpoint.load_variables(tmp_path)[2] == 6
   shutil.rmtree(tmp_path / 'checkpoints' / '6')
-  train.run(smoke('tokenizer'), tmp_path)
-  np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
+  train.run(smoke('tokenizer', model__encoder__width=128), tmp_path)
+  np.testing.assert_allclose(losses(tmp_path), losses(wide), rtol=1e-5)
+
+
+def test_two_processes_fine_tune(wide, tmp_path):
+  """A new head, which one process alone does not hold, and an average of the weights, kept in parts like them."""
+  args = ['--config.steps=2', '--config.ema_decay=0.5', f'--config.init_from={wide}', '--config.model.width=128', '--config.model.depth=2']
+  two_processes('--config=configs/finetune_b16.py:encoder,smoke', f'--workdir={tmp_path / "two"}', *args)
+  c = finetune_b16.get_config('encoder,smoke').unlock()
+  c.steps, c.ema_decay, c.init_from, c.model.width, c.model.depth, c.mesh.data = 2, 0.5, str(wide), 128, 2, 1
+  results = train.run(c.lock(), tmp_path / 'one')
+  assert results['ema_loss'] != results['loss']
+  (theirs,) = metrics.read(tmp_path / 'two', 'eval')
+  for key, value in results.items():
+    assert theirs[key] == pytest.approx(value, rel=1e-5), key
+  np.testing.assert_allclose(losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=1e-5)
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

@@ -23,7 +23,7 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
   mesh, heads, head_dim = jax.sharding.get_abstract_mesh(), *qkv.shape[2:]
   split = 1 if mesh.empty or heads % mesh.shape['model'] else mesh.shape['model']
   kind = '' if mesh.empty else mesh.abstract_device.device_kind
-  plan = attention_tpu.plan(x.shape[1], heads // split, head_dim, kind)
+  plan = attention_tpu.plan(x.shape[1], heads // split, head_dim, kind, x.dtype.itemsize)
   fits = dict(tpu=plan is not None, gpu=attention_gpu.fits(head_dim), xla=True)
   if how == 'auto':
     rounded = dict(tpu=chip.rounded_products(), gpu=x.dtype == jnp.bfloat16)
@@ -55,20 +55,30 @@ def plain(x, qkv, q_bias, v_bias, bias):
 
 def check(head_dims: Iterable[int] = (64,)) -> None:
   """Holds the kernel of this process's chip, if it has one, to the plain version; 'auto' leaves it alone if it fails (chip.refused)."""
-  how, heads, tokens = jax.default_backend(), 2, 197
+  how, tokens = jax.default_backend(), 197
   if how not in ('tpu', 'gpu'):
     return
   rng = np.random.default_rng(0)
 
-  def both(how, *args):
-    y, back = jax.vjp(lambda *a: attend(*(a if len(a) == 5 else (*a, None)), how), *args)
+  def both(way, *args):
+    y, back = jax.vjp(lambda *a: way(*(a if len(a) == 5 else (*a, None))), *args)
     return y, *back(args[0])
 
   for head_dim in head_dims:
+    heads = max(256 // head_dim, 2)
     width = heads * head_dim
     shapes = (2, tokens, width), (width, 3, heads, head_dim), (heads, head_dim), (heads, head_dim), (heads, tokens, tokens)
     args = [jnp.asarray(rng.normal(size=s, scale=width**-0.5 if len(s) == 4 else 1), jnp.float32) for s in shapes]
     args[:2] = (x.astype(jnp.bfloat16) for x in args[:2])
-    fits = attention_gpu.fits(head_dim) if how == 'gpu' else attention_tpu.plan(tokens, heads, head_dim)
-    for some in (args, args[:4]) if fits else ():
-      chip.check('attention', *(functools.partial(both, h) for h in (how, 'xla')), *some)
+    ways = [functools.partial(attend, how=how)]
+    if how == 'gpu' and not attention_gpu.fits(head_dim):
+      continue
+    if how == 'tpu':
+      plan = attention_tpu.plan(tokens, heads, head_dim)
+      if plan is None:
+        continue
+      in_parts = plan._replace(together=heads // 2, tile=128)  # what longer sequences take
+      ways.append(functools.partial(attention_tpu.attend, plan=in_parts, on_tpu=True, cores=1))
+    for way in ways:
+      for some in (args, args[:4]):
+        chip.check('attention', functools.partial(both, way), functools.partial(both, plain), *some)

@@ -17,15 +17,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 MIB = 2**20
-# What a program may hold in the fast memory, in bytes: v5e and v6e have 128 MiB, v5p has 64 a core, v4 has 16 a core. XLA keeps activations
-# in what is left, so that programs of several registers of heads are made up to `ENOUGH` only.
+# What a program may hold in the fast memory, in bytes: v5e and v6e have 128 MiB, v4 has 16 a core; others (v5p has 64 a core) get `ENOUGH`.
+# XLA keeps activations in what is left, so that programs of several registers of heads are made up to `ENOUGH` only, too.
 VMEM = {'TPU v4': 16 * MIB, 'TPU v5 lite': 96 * MIB, 'TPU v6 lite': 96 * MIB}
 ENOUGH = 48 * MIB
 TILE = 640 * 640  # logits of a head that are worked on at a time
 
 
 class Plan(NamedTuple):
-  """What a kernel is compiled for: heads, how many of them a program holds at a time, queries in a tile, and fast memory in bytes."""
+  """How the work is cut up: heads, how many of them a program holds at a time, queries in a tile; and the fast memory asked for, in bytes."""
 
   heads: int
   together: int
@@ -39,8 +39,8 @@ class Plan(NamedTuple):
     return x.swapaxes(-3, -2).reshape(*some, -1)
 
 
-def plan(tokens: int, heads: int, head_dim: int, kind: str = '') -> Plan | None:
-  """As many heads together as the fast memory of this kind of device takes, or None where the kernel can't be used."""
+def plan(tokens: int, heads: int, head_dim: int, kind: str = '', itemsize: int = 2) -> Plan | None:
+  """As many heads together as the fast memory of this kind of device takes, or None where the kernel can't be used. `itemsize`: bytes of an activation."""
   if LANES % head_dim or heads * head_dim % LANES:
     return None
   up = lambda n, to: -(-n // to) * to
@@ -49,7 +49,7 @@ def plan(tokens: int, heads: int, head_dim: int, kind: str = '') -> Plan | None:
   tile = up(-(-tokens // -(-keys * queries // TILE)), LANES)
   for together in range(heads, 0, -per):
     biases = 4 * together * keys * queries * 4  # two buffers each of the bias and of its gradient
-    images = 2 * 8 * together * head_dim * up(tokens, 16) * 2  # two of q, k, v, their gradients, the output and its gradient
+    images = 2 * 8 * together * head_dim * up(tokens, 16) * itemsize  # two of q, k, v, their gradients, the output and its gradient
     need = biases + images + 4 * per * keys * tile * 4  # and what a register of heads is worked on with
     if heads % together == 0 and need < (vmem if together == per else min(vmem, ENOUGH)):
       return Plan(heads, together, tile, min(need * 5 // 4, vmem))
