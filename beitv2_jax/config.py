@@ -65,7 +65,7 @@ def base(task: str) -> ConfigDict:
       model=1,
       # logical axis of a parameter → mesh axis; ('embed', 'data') makes it FSDP
       rules=(('heads', 'model'), ('mlp', 'model'), ('vocab', 'model'), ('embed', None)),
-      shard_state=True,  # large parameters and their moments lie in parts over `data`, and are put together for each step (as in ZeRO)
+      shard_state=True,  # each device keeps its share of the large parameters and their moments; a step gathers the parameters (as in ZeRO)
     )
   )
   c.accumulate = 1  # parts that a batch is cut into, one after the other; the gradients are averaged

@@ -79,6 +79,8 @@ def train(_) -> None:
   config = given_config()
   if not _WORKDIR.value:
     raise UserError('give --workdir=DIR: where checkpoints and metrics go, and what a stopped run goes on from.')
+  if '://' in _WORKDIR.value:
+    raise UserError(f'--workdir={_WORKDIR.value}: give a directory; mount a bucket (gcsfuse) where you want to write to one.')
   from beitv2_jax import train
 
   use_compilation_cache()

@@ -73,12 +73,17 @@ def test_the_real_step_lowers_without_weights(part):
   c.batch_size, c.model.depth, c.model.early_layer = 64, 3, 2
   lowered, mesh, state = aot.lower(c, jax.devices(), part)
   assert mesh.size == 8 and 'stablehlo' in lowered.as_text()[:20_000]
-  assert aot.bytes_per_chip(state.params) == 4 * sum(x.size for x in jax.tree.leaves(state.params))
+  whole = 4 * sum(x.size for x in jax.tree.leaves(state.params))
+  low, high = (whole, whole) if part == 'frozen' else (whole / 8, 0.15 * whole)
+  assert low <= aot.bytes_per_chip(state.params) <= high
 
 
 def test_the_tokenizer_step_lowers_too_and_fsdp_shards_it():
   c = vqkd_b16.get_config().unlock()
   c.batch_size, c.model.encoder.depth = 64, 1
+  c.mesh.shard_state = False
+  _, _, state = aot.lower(c, jax.devices(), 'step')
+  assert aot.bytes_per_chip(state.params) == 4 * sum(x.size for x in jax.tree.leaves(state.params))
   c.mesh.rules = (('heads', None), ('mlp', None), ('vocab', None), ('embed', 'data'))
   _, _, state = aot.lower(c, jax.devices(), 'step')
   assert aot.bytes_per_chip(state.params) < 0.2 * 4 * sum(x.size for x in jax.tree.leaves(state.params))

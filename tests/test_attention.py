@@ -66,9 +66,9 @@ def test_kernel_under_a_mesh(how, data, model):
 @pytest.mark.parametrize('with_bias', [True, False])
 def test_kernel_in_programs_and_tiles(model, with_bias, monkeypatch):
   """Too many tokens for all heads at once: each program takes two of eight, and three tiles of queries one after the other."""
-  monkeypatch.setattr(attention_tpu, 'ENOUGH', 6 * 2**20)
+  monkeypatch.setattr(attention_tpu, 'ENOUGH', 10 * 2**20)
   monkeypatch.setattr(attention_tpu, 'TILE', 128 * 300)
-  assert attention_tpu.plan(300, 8 // model, 64)[1:3] == (2, 128)
+  assert attention_tpu.plan(300, 8 // model, 64, itemsize=4)[1:3] == (2, 128)
   args = inputs(4, 300, 8, 64, with_bias)
   dy = jnp.asarray(np.random.default_rng(1).normal(size=(4, 300, 512)), jnp.float32)
   alone = both_ways('xla', args, dy)

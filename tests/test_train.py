@@ -365,6 +365,8 @@ def test_bad_input_is_one_line(tmp_path, name):
 def test_missing_workdir_is_one_line():
   done = run_main('--config=configs/vqkd_b16.py:smoke')
   assert done.returncode == 2 and done.stderr.startswith('error: give --workdir=DIR')
+  done = run_main('--config=configs/vqkd_b16.py:smoke', '--workdir=gs://bucket/run')
+  assert done.returncode == 2 and done.stderr.startswith('error: --workdir=gs://bucket/run: give a directory')
 
 
 def test_tokenizer_of_another_kind_and_patch(runs, tmp_path):
