@@ -80,7 +80,7 @@ def test_what_fits_the_fast_memory():
   together = lambda *args: (p := attention_tpu.plan(*args)) and p.together
   assert together(197, 12, 64) == 12 and together(197, 16, 64) == 16
   assert together(197, 12, 64, 'TPU v4') == 12 and together(197, 16, 64, 'TPU v4') == 8
-  assert together(577, 16, 64) == 4 and together(577, 16, 64, 'TPU v4') is None
+  assert together(257, 12, 64) == 12 and together(577, 16, 64) == 4 and together(577, 16, 64, 'TPU v4') is None
   assert together(1025, 16, 64) is None and together(1025, 16, 64, 'TPU v5 lite') == 2
   assert together(17, 2, 16) is None and together(17, 3, 64) is None
 
