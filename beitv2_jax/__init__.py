@@ -4,7 +4,7 @@ __version__ = '0.1.0'
 
 
 def load(directory, ema=False):
-  """Opens anything trained here: see beitv2_jax.api.load."""
-  from beitv2_jax import api  # jax is imported only when it is needed
+  """Opens anything trained here: see beitv2_jax.downstream.trained.load."""
+  from beitv2_jax.downstream import trained  # jax is imported only when it is needed
 
-  return api.load(directory, ema)
+  return trained.load(directory, ema)

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from beitv2_jax.data import sources, transforms
+from beitv2_jax.data import listing, transforms
 
 SIZE = (224, 224)
 
@@ -41,7 +41,7 @@ def vectorised_one_call(crop):
 
 
 def main(folder: str, count: int) -> None:
-  names = sources.images_under(Path(folder))[:count]
+  names = listing.images_under(Path(folder))[:count]
   data = [Path(folder, n).read_bytes() for n in names]
   data = [d for d in data if Image.open(io.BytesIO(d)).mode == 'RGB']
   rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beitv2_jax.data import pipeline, sources, transforms
+from beitv2_jax.data import listing, pipeline, sources, transforms
 from beitv2_jax.data.masking import BlockMask
 
 BATCH = 64
@@ -34,7 +34,7 @@ class TorchImages:
   """torchvision's RandomResizedCrop (bicubic) and flip on PIL images, and the official mask generator's algorithm, as people write it."""
 
   def __init__(self, folder: str):
-    self.files = [os.path.join(folder, n) for n in sources.images_under(Path(folder))]
+    self.files = [os.path.join(folder, n) for n in listing.images_under(Path(folder))]
 
   def __len__(self):
     return len(self.files)

@@ -41,10 +41,14 @@ def timed(args, step) -> list[float]:
 def ours(args) -> tuple[list[float], int]:
   import jax
   import numpy as np
+  from beitv2_jax.configs import beitv2_b16, beitv2_l16, vqkd_b16
 
-  from beitv2_jax import flops, optim, sharding, tasks, train
-  from beitv2_jax.main import use_compilation_cache
-  from configs import beitv2_b16, beitv2_l16, vqkd_b16
+  from beitv2_jax import tasks
+  from beitv2_jax.costs import flops
+  from beitv2_jax.training import optim, sharding
+  from beitv2_jax.training.process import use_compilation_cache
+  from beitv2_jax.training.train_state import state_layout
+  from beitv2_jax.training.train_step import make_train_step
 
   use_compilation_cache()
   c = {'vqkd-base': vqkd_b16, 'mim-base': beitv2_b16, 'mim-large': beitv2_l16}[args.model].get_config().unlock()
@@ -55,15 +59,15 @@ def ours(args) -> tuple[list[float], int]:
   frozen = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), frozen)
   mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
   tx, schedule = optim.make(c.optim, 1000, 10)
-  make_state, _, shardings, whole = train.init_state(task, tx, mesh, c.mesh, jax.random.key(0))
-  state, frozen = make_state(jax.random.key(0)), sharding.put_replicated(frozen, mesh)
+  layout = state_layout(task, tx, mesh, c.mesh)
+  state, frozen = layout.init(jax.random.key(0)), sharding.put_replicated(frozen, mesh)
   batch = dict(image=rng.integers(0, 256, (args.batch, 224, 224, 3), np.uint8))
   if 'mask' in c:
     batch['mask_index'] = np.stack([np.sort(rng.permutation(196)[:75]) for _ in range(args.batch)]).astype(np.int32)
   batch = sharding.put_batch(batch, mesh)
   key = jax.random.key(1)
   update = jax.jit(
-    train.make_train_step(task, tx, schedule, 1, shardings, whole), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
+    make_train_step(task, tx, schedule, 1, layout), donate_argnums=0, out_shardings=(layout.shardings, sharding.replicated(mesh))
   )
   gflop = sum(flops.per_image(c).values()) / 1e9
   print(f'GFLOP an image: {gflop:.0f}', file=sys.stderr)

@@ -11,14 +11,16 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from beitv2_jax import api, metrics, probe, segmentation
-from beitv2_jax.data import sources
+from beitv2_jax.data import listing, sources
+from beitv2_jax.downstream import features, segmentation, trained
 from beitv2_jax.tasks import segment
+from beitv2_jax.training import metrics
 
 
 def shrunk(source: str, out: Path, side: int) -> str:
@@ -26,7 +28,7 @@ def shrunk(source: str, out: Path, side: int) -> str:
   root = Path(source.removeprefix('folder:'))
   for path in sorted(root.rglob('*')):
     target = out / path.relative_to(root).with_suffix('.png')
-    if path.suffix.lower() in sources.EXTENSIONS and not target.exists():
+    if path.suffix.lower() in listing.EXTENSIONS and not target.exists():
       target.parent.mkdir(parents=True, exist_ok=True)
       image = Image.open(path).convert('RGB')
       scale = side / min(image.size)
@@ -67,12 +69,13 @@ def main() -> None:
       train('finetune', ft, data, *own)
       train('segment', seg, f'--config.data.source={args.scenes}', *own)
       row = dict(finetune=metrics.read(ft, 'eval')[-1]['acc1'])
-      model = api.load(seg)
+      model = trained.load(seg)
       row['miou'] = segmentation.evaluate(model, scenes, segment.labels_of(model.config))['miou']
-      frozen = api.load(out / 'pretrain')
-      frozen = frozen if start == 'pretrained' else api.Model(frozen.config, seed=seed)
+      frozen = trained.load(out / 'pretrain')
+      frozen = frozen if start == 'pretrained' else trained.Model(frozen.config, seed=seed)
       if start == 'scratch' or seed == 0:  # pretrained features are the same for every seed
-        r = probe.table(frozen, opened, epochs=100, attentive=True)
+        with tempfile.TemporaryDirectory() as folder:
+          r = features.probe_all(frozen, opened, Path(folder), epochs=100, attentive=True)
         row |= {k: r[k] for k in ('probe', 'knn', 'shots_1', 'shots_5', 'shots_10', 'attentive')}
       results.setdefault(start, []).append(row)
       print(start, seed, {k: round(v, 2) for k, v in row.items()}, flush=True)

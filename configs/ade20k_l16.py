@@ -6,7 +6,7 @@ Expected single-scale mIoU (official README): 56.7 from ImageNet-1k pretraining,
       --config.data.source=scenes:ADEChallengeData2016
 """
 
-from configs import ade20k_b16
+from beitv2_jax.configs import ade20k_b16
 
 SIZE = dict(width=1024, depth=24, heads=16, layer_scale=1e-6, out_indices=(7, 11, 15, 23), channels=1024)
 RECIPES = {'1k': (4e-5, 0.9, 0.2), '21k': (3e-5, 0.9, 0.2)}

@@ -8,7 +8,7 @@ The official runs used 64 GPUs x 32. Expected after fine-tuning (official README
   python -m beitv2_jax.main --config=configs/beitv2_l16.py:smoke --workdir=runs/smoke
 """
 
-from configs import beitv2_b16
+from beitv2_jax.configs import beitv2_b16
 
 
 def get_config(arg=None):

@@ -7,10 +7,10 @@
 Images of your own: add --config.data.source=folder:PATH to each (class folders; their names become the captions).
 """
 
+from beitv2_jax.configs import beitv2_b16, vqkd_b16
 from ml_collections import ConfigDict
 
 from beitv2_jax import config
-from configs import beitv2_b16, vqkd_b16
 
 
 def get_config(arg=None):

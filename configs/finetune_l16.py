@@ -7,7 +7,7 @@ Expected top-1 (official README): 86.6 % from 300 epochs of pretraining, 87.3 % 
   python -m beitv2_jax.main --config=configs/finetune_l16.py:smoke --workdir=runs/smoke
 """
 
-from configs import finetune_b16
+from beitv2_jax.configs import finetune_b16
 
 SIZE = dict(width=1024, depth=24, heads=16, layer_scale=1e-5)
 RECIPES = {

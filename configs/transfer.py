@@ -11,10 +11,10 @@ benchmarks/transfer.py runs the stages in turn, from pretraining and from scratc
       --config.init_from=runs/transfer/pretrain
 """
 
+from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 from ml_collections import ConfigDict
 
 from beitv2_jax import config
-from configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
 SIZE = dict(width=96, depth=4, heads=4)
 PIXELS, PATCH = 48, 8

@@ -1,7 +1,8 @@
 import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# Eight devices, and programs that are compiled quickly: they are small and run a few times.
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 
 import pathlib
@@ -10,8 +11,7 @@ import sys
 
 import jax
 import pytest
-
-from configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
+from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
 ROOT = pathlib.Path(__file__).parents[1]
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
@@ -47,4 +47,4 @@ def main_command(*args: str) -> list[str]:
 
 
 def main_env(devices: int = 1) -> dict[str, str]:
-  return os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+  return os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'}

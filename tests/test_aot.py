@@ -1,11 +1,12 @@
-"""What aot.py reads out of a compiled program, on a hand-made one; the compiler itself is in the extra [aot]."""
+"""What estimate.py reads out of a compiled program, on a hand-made one; the compiler itself is in the extra [aot]."""
 
 import jax
 import pytest
+from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
-from beitv2_jax import aot, flops, hlo, sharding
+from beitv2_jax.costs import estimate, flops, hlo
 from beitv2_jax.errors import UserError
-from configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
+from beitv2_jax.training import sharding
 
 PROGRAM = """HloModule jit_step
 
@@ -71,23 +72,23 @@ def test_the_real_step_lowers_without_weights(part):
   """The shipped recipe on eight devices, tracing only: nothing is downloaded, allocated or compiled."""
   c = beitv2_b16.get_config().unlock()
   c.batch_size, c.model.depth, c.model.early_layer = 64, 3, 2
-  lowered, mesh, state = aot.lower(c, jax.devices(), part)
+  lowered, mesh, state = estimate.lower(c, jax.devices(), part)
   assert mesh.size == 8 and 'stablehlo' in lowered.as_text()[:20_000]
   share = lambda x: 8 if part != 'frozen' and x.size >= 2**16 and any(n % 8 == 0 for n in x.shape) else 1
-  assert aot.bytes_per_chip(state.params) == 4 * sum(x.size // share(x) for x in jax.tree.leaves(state.params))
+  assert estimate.bytes_per_chip(state.params) == 4 * sum(x.size // share(x) for x in jax.tree.leaves(state.params))
 
 
 def test_the_tokenizer_step_lowers_too_and_fsdp_shards_it():
   c = vqkd_b16.get_config().unlock()
   c.batch_size, c.model.encoder.depth = 64, 1
   c.mesh.shard_state = False
-  _, _, state = aot.lower(c, jax.devices(), 'step')
-  assert aot.bytes_per_chip(state.params) == 4 * sum(x.size for x in jax.tree.leaves(state.params))
+  _, _, state = estimate.lower(c, jax.devices(), 'step')
+  assert estimate.bytes_per_chip(state.params) == 4 * sum(x.size for x in jax.tree.leaves(state.params))
   c.mesh.rules = (('heads', None), ('mlp', None), ('vocab', None), ('embed', 'data'))
-  _, _, state = aot.lower(c, jax.devices(), 'step')
-  assert aot.bytes_per_chip(state.params) < 0.2 * 4 * sum(x.size for x in jax.tree.leaves(state.params))
+  _, _, state = estimate.lower(c, jax.devices(), 'step')
+  assert estimate.bytes_per_chip(state.params) < 0.2 * 4 * sum(x.size for x in jax.tree.leaves(state.params))
   with pytest.raises(UserError, match='is for pretraining configs'):
-    aot.lower(c, jax.devices(), 'student')
+    estimate.lower(c, jax.devices(), 'student')
 
 
 def test_a_device_is_a_chip(monkeypatch):
@@ -95,19 +96,19 @@ def test_a_device_is_a_chip(monkeypatch):
   for name, value in dict(
     TPU_WORKER_HOSTNAMES='localhost', TPU_SKIP_MDS_QUERY='1', LIBTPU_INIT_ARGS='', ALLOW_MULTIPLE_LIBTPU_LOAD='1'
   ).items():
-    monkeypatch.setenv(name, value)  # what aot.py sets, too, and what lets several processes load the compiler; undone afterwards
+    monkeypatch.setenv(name, value)  # what estimate.py sets, too, and what lets several processes load the compiler; undone afterwards
   for slice_ in ('v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'):
-    devices = aot.topology_devices(slice_)
+    devices = estimate.topology_devices(slice_)
     assert len(devices) == 4 and sharding.make_mesh(-1, 1, devices).size == 4, slice_
 
 
 def test_errors():
   with pytest.raises(UserError, match='use one of v4, v5e, v5p, v6e'):
-    aot.report(beitv2_b16.get_config(), 'v7:2x2')
+    estimate.report(beitv2_b16.get_config(), 'v7:2x2')
   c = beitv2_b16.get_config().unlock()
   c.batch_size = 12
   with pytest.raises(UserError, match='does not divide over 8 chips'):
-    aot.lower(c, jax.devices(), 'step')
+    estimate.lower(c, jax.devices(), 'step')
   assert sharding.make_mesh(2, 1, jax.devices()).size == 2
 
 
@@ -117,7 +118,7 @@ def test_downstream_steps_lower_too(recipe, batch):
   c.batch_size, c.model.depth = batch, 2
   if 'out_indices' in c.model:
     c.model.out_indices = (0, 0, 1, 1)
-  lowered, _, _ = aot.lower(c, jax.devices(), 'step')
+  lowered, _, _ = estimate.lower(c, jax.devices(), 'step')
   assert 'stablehlo' in lowered.as_text()[:20_000]
   assert flops.per_image(c)['student'] > 1e9
 

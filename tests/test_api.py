@@ -5,16 +5,17 @@ import numpy as np
 import pytest
 
 import beitv2_jax
-from beitv2_jax import api, train
+from beitv2_jax.downstream import trained
 from beitv2_jax.errors import UserError
+from beitv2_jax.training import loop
 from tests.conftest import smoke
 
 
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
   root = tmp_path_factory.mktemp('api')
-  train.run(smoke('tokenizer', steps=1), root / 'tokenizer')
-  train.run(smoke('pretrain', steps=1, tokenizer_from=str(root / 'tokenizer')), root / 'pretrain')
+  loop.run(smoke('tokenizer', steps=1), root / 'tokenizer')
+  loop.run(smoke('pretrain', steps=1, tokenizer_from=str(root / 'tokenizer')), root / 'pretrain')
   return beitv2_jax.load(root / 'tokenizer'), beitv2_jax.load(root / 'pretrain')
 
 
@@ -51,7 +52,7 @@ def test_pretrained(models):
 def test_in_batches_pads_and_joins():
   x = np.arange(10)[:, None]
   seen = []
-  out = api.in_batches(lambda a, b: seen.append(len(a)) or {'sum': a + b}, x, x, batch=4)
+  out = trained.in_batches(lambda a, b: seen.append(len(a)) or {'sum': a + b}, x, x, batch=4)
   np.testing.assert_array_equal(out['sum'], 2 * x)
   assert seen == [4, 4, 4]
 

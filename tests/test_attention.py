@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beitv2_jax import sharding
-from beitv2_jax.models import attention, attention_tpu, chip
+from beitv2_jax.kernels import attention, attention_tpu, chip
+from beitv2_jax.training import sharding
 
 
 def inputs(batch, tokens, heads, head_dim, with_bias, width=32):

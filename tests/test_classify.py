@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beitv2_jax.configs import finetune_b16, finetune_l16
 from PIL import Image
 
 import beitv2_jax
-from beitv2_jax import api, checkpoint, config, metrics, optim, predict, probe, robustness, sharding, tasks, train
+from beitv2_jax import commands, config, tasks
 from beitv2_jax.data import sources
+from beitv2_jax.downstream import classes, robustness
 from beitv2_jax.errors import UserError
+from beitv2_jax.models import from_config
 from beitv2_jax.tasks import classify
-from configs import finetune_b16, finetune_l16
+from beitv2_jax.training import loop, metrics, optim, sharding
+from beitv2_jax.weights.stages import load_variables, write_variables
 from tests.conftest import smoke
 
 TINY = dict(model__width=32, model__depth=3)
@@ -31,12 +35,11 @@ def stages(tmp_path_factory):
       c.model.teacher_width = 8
     else:
       c.model.vocab = 32
-    module = api.build(c)
-    variables = sharding.unbox(jax.jit(module.init)(jax.random.key(3), jnp.zeros((1, 32, 32, 3))))
+    variables = from_config.fresh_variables(c, seed=3)
     out[task] = root / task
     out[task].mkdir()
     config.save(c, out[task])
-    checkpoint.write_variables(out[task], 0, variables)
+    write_variables(out[task], 0, variables)
   return out
 
 
@@ -44,14 +47,14 @@ def stages(tmp_path_factory):
 def tuned(stages, tmp_path_factory):
   """A classifier trained for six steps from the pretrained stage."""
   workdir = tmp_path_factory.mktemp('tuned')
-  results = train.run(smoke('classifier', init_from=str(stages['pretrain']), ema_decay=0.5), workdir)
+  results = loop.run(smoke('classifier', init_from=str(stages['pretrain']), ema_decay=0.5), workdir)
   return workdir, results
 
 
 def test_fine_tuning_starts_from_pretraining(stages):
   c = smoke('classifier', init_from=str(stages['pretrain']))
   task, _ = tasks.make(c, source=sources.make('fake:20', 'train'))
-  theirs, variables, _ = checkpoint.load_variables(stages['pretrain'])
+  theirs, variables, _ = load_variables(stages['pretrain'])
   fresh = sharding.unbox(task.init(jax.random.key(0)))
   ours = task.adopt(theirs, variables, fresh)['params']
   assert jax.tree.structure(ours) == jax.tree.structure(fresh['params'])
@@ -66,7 +69,7 @@ def test_fine_tuning_starts_from_pretraining(stages):
 def test_another_image_size_resamples_the_tables(stages):
   c = smoke('classifier', init_from=str(stages['pretrain']), data__image_size=48)
   task, _ = tasks.make(c, source=sources.make('fake:20', 'train'))
-  theirs, variables, _ = checkpoint.load_variables(stages['pretrain'])
+  theirs, variables, _ = load_variables(stages['pretrain'])
   ours = task.adopt(theirs, variables, sharding.unbox(task.init(jax.random.key(0))))['params']
   assert ours['backbone']['block_0']['attn']['rel_pos_bias']['table'].shape[0] == (2 * 6 - 1) ** 2 + 3
 
@@ -75,10 +78,10 @@ def test_a_tokenizers_encoder_can_be_fine_tuned(stages, tmp_path):
   c = finetune_b16.get_config('encoder,smoke').unlock()
   c.init_from = str(stages['tokenizer'])
   c.mesh.data = 1
-  results = train.run(c.lock(), tmp_path)
+  results = loop.run(c.lock(), tmp_path)
   assert np.isfinite(results['loss'])
   with pytest.raises(UserError, match='recipe argument encoder'):
-    train.run(smoke('classifier', init_from=str(stages['tokenizer'])), tmp_path / 'b')
+    loop.run(smoke('classifier', init_from=str(stages['tokenizer'])), tmp_path / 'b')
 
 
 def test_it_trains_and_keeps_an_average_of_its_weights(tuned):
@@ -116,7 +119,7 @@ def test_the_average_is_a_running_one(stages):
 def test_what_does_not_fit_is_said_in_words(stages, tmp_path, changes, words):
   c = smoke('classifier', init_from=str(stages['pretrain']), **changes)
   with pytest.raises(UserError, match=words):
-    train.run(c, tmp_path)
+    loop.run(c, tmp_path)
 
 
 def test_another_number_of_classes_needs_a_fresh_head(tuned, tmp_path):
@@ -126,22 +129,22 @@ def test_another_number_of_classes_needs_a_fresh_head(tuned, tmp_path):
       Image.fromarray(np.full((40, 40, 3), 10 * i, np.uint8)).save(tmp_path / 'data' / name / f'{i}.png')
   more = dict(init_from=str(tuned[0]), data__source=f'folder:{tmp_path}/data', batch_size=4, eval_batch_size=4, steps=2)
   with pytest.raises(UserError, match='knows 10 classes, .* has 3.*fresh_head=True'):
-    train.run(smoke('classifier', **more), tmp_path / 'run')
-  assert np.isfinite(train.run(smoke('classifier', **more, fresh_head=True), tmp_path / 'run')['loss'])
+    loop.run(smoke('classifier', **more), tmp_path / 'run')
+  assert np.isfinite(loop.run(smoke('classifier', **more, fresh_head=True), tmp_path / 'run')['loss'])
 
 
 def test_unlabelled_images_are_refused(tmp_path):
   Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / '0.png')
   Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / '1.png')
   with pytest.raises(UserError, match='has no labels'):
-    train.run(smoke('classifier', data__source=f'folder:{tmp_path}'), tmp_path / 'run')
+    loop.run(smoke('classifier', data__source=f'folder:{tmp_path}'), tmp_path / 'run')
 
 
 @pytest.mark.parametrize('pixels', [1, 8])
 def test_evaluation_is_the_same_on_any_number_of_devices(tuned, tmp_path, pixels):
   """50 images in batches of 16 on 1 and on 8 devices: a ragged last batch, and every image once."""
   c = smoke('classifier', init_from=str(tuned[0]), steps=0, data__source='fake:50', mesh__data=pixels)
-  results = train.run(c, tmp_path)
+  results = loop.run(c, tmp_path)
   model = beitv2_jax.load(tuned[0])
   source = sources.make('fake:50', 'eval')
   logits, labels = robustness.all_logits(model, source, 0.875, 7)
@@ -181,10 +184,10 @@ def test_parameter_counts_at_384(monkeypatch):
 
 def test_subset_of_classes_is_judged_among_itself(tuned, tmp_path):
   names = [f'n{i:08d}' for i in range(10)]
-  assert robustness.class_subset(['n00000002', 'n00000007'], names).tolist() == [2, 7]
-  assert robustness.class_subset(['0', '1', '10'], [f'n{i:08d}' for i in range(11)]).tolist() == [0, 1, 10]
+  assert classes.class_subset(['n00000002', 'n00000007'], names).tolist() == [2, 7]
+  assert classes.class_subset(['0', '1', '10'], [f'n{i:08d}' for i in range(11)]).tolist() == [0, 1, 10]
   with pytest.raises(UserError, match='does not know 1 of the 2 classes'):
-    robustness.class_subset(['n00000002', 'dog'], names)
+    classes.class_subset(['n00000002', 'dog'], names)
   logits = np.array([[9, 1, 2, 3.0], [9, 5, 2, 3], [0, 0, 0, 9]])
   result = robustness.accuracy(logits, np.array([1, 0, 1]), np.array([1, 3]))
   assert result['acc1'] == 100 and result['classes'] == 2
@@ -194,33 +197,43 @@ def test_subset_of_classes_is_judged_among_itself(tuned, tmp_path):
 
 def test_imagenets_classes_stand_where_the_official_lists_have_them():
   """The first three of ImageNet-A: stingray, goldfinch, junco are classes 6, 11 and 13."""
-  wnids = robustness.imagenet_classes()
+  wnids = classes.imagenet_classes()
   assert len(wnids) == 1000 and wnids == sorted(wnids)
-  assert robustness.class_subset(['n01498041', 'n01531178', 'n01534433'], wnids).tolist() == [6, 11, 13]
+  assert classes.class_subset(['n01498041', 'n01531178', 'n01534433'], wnids).tolist() == [6, 11, 13]
 
 
-def test_robustness_from_one_config(tuned, tmp_path):
+def test_robustness_from_one_command(tuned, tmp_path, capsys):
+  """Sets named one by one, and the same from a recipe."""
   for name in ('class 2', 'class 5'):
     (tmp_path / 'a' / name).mkdir(parents=True)
     for i in range(3):
       Image.fromarray(np.full((40, 40, 3), 60 * i, np.uint8)).save(tmp_path / 'a' / name / f'ILSVRC2012_val_{i + 1:08d}.png')
-  from configs import robustness as recipe
-
-  c = recipe.get_config().unlock()
-  c.sets.update(a=f'folder:{tmp_path}/a', imagenet=f'folder:{tmp_path}/a')
   (tmp_path / 'real.json').write_text(json.dumps([[2], [], [2, 5]]))
-  c.real = str(tmp_path / 'real.json')
-  out = robustness.run(beitv2_jax.load(tuned[0]), c)
+  data = f'folder:{tmp_path}/a'
+  common = ['--from', str(tuned[0]), '--json', f'{tmp_path}/out.json']
+  named = ['--data', f'a={data}', '--data', f'imagenet={data}', '--real', f'{tmp_path}/real.json']
+  recipe = [
+    '--config=configs/robustness.py',
+    f'--config.sets.a={data}',
+    f'--config.sets.imagenet={data}',
+    f'--config.real={tmp_path}/real.json',
+  ]
+  results = []
+  for args in (named, recipe):
+    assert commands.run('robustness', [*common, *args]) == 0
+    results.append(json.loads((tmp_path / 'out.json').read_text()))
+  assert results[0] == results[1]
+  out = results[0]
   assert out['a']['classes'] == 2 and out['a']['images'] == 6 and out['real']['images'] == 4
-  c.sets.update(a='', imagenet='')
-  with pytest.raises(UserError, match='name at least one set'):
-    robustness.run(beitv2_jax.load(tuned[0]), c)
+  capsys.readouterr()
+  assert commands.run('robustness', common) == 2 and 'name at least one set' in capsys.readouterr().err
+  assert commands.run('robustness', [*common, '--data', data]) == 2 and '--data a=folder:PATH' in capsys.readouterr().err
 
 
 def test_predicted_classes(tuned, tmp_path, capsys):
   Image.fromarray(np.full((50, 40, 3), 90, np.uint8)).save(tmp_path / '0.png')
   (tmp_path / '1.jpg').write_bytes(b'broken')
-  assert predict.main(['--from', str(tuned[0]), str(tmp_path), '--top', '3']) == 0
+  assert commands.run('predict', ['--from', str(tuned[0]), str(tmp_path), '--top', '3']) == 0
   out = capsys.readouterr()
   (line,) = out.out.strip().splitlines()
   best = json.loads(line)['classes']
@@ -230,14 +243,14 @@ def test_predicted_classes(tuned, tmp_path, capsys):
 
 def test_one_command_probes_every_block(tuned, capsys, tmp_path):
   args = ['--from', str(tuned[0]), '--data', 'fake:40', '--epochs', '3', '--shots', '1', '--attentive', '--views', '2']
-  assert probe.main([*args, '--json', f'{tmp_path}/p.json']) == 0
+  assert commands.run('probe', [*args, '--json', f'{tmp_path}/p.json']) == 0
   out = capsys.readouterr().out
   assert out.count('\n') >= 6 and 'best linear probe' in out and 'k-NN' in out and 'attentive' in out
   figures = json.loads((tmp_path / 'p.json').read_text())
   assert np.shape(figures['layers']) == (3, 3) and figures['probe'] == np.max(figures['layers'])
-  assert probe.main([*args, '--untrained']) == 0
+  assert commands.run('probe', [*args, '--untrained']) == 0
   (tmp_path / 'flat').mkdir()
   for i in range(4):
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / 'flat' / f'{i}.png')
-  assert probe.main(['--from', str(tuned[0]), '--data', f'folder:{tmp_path}/flat']) == 2
+  assert commands.run('probe', ['--from', str(tuned[0]), '--data', f'folder:{tmp_path}/flat']) == 2
   assert 'probes need labels' in capsys.readouterr().err

@@ -12,13 +12,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import beitv2_jax
-from beitv2_jax import api, checkpoint, config, convert, handoff, sharding
+from beitv2_jax import commands, config
 from beitv2_jax.errors import UserError
+from beitv2_jax.models import from_config
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MIM
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.weights import files, official
+from beitv2_jax.training import sharding
+from beitv2_jax.weights import convert, files, official, stages, trees
 from tests.conftest import smoke
 
 MODULES = {
@@ -45,8 +47,8 @@ def test_import_reads_the_sizes_and_export_gives_the_same_bits(tmp_path, kind):
   save_file(state | {'blocks.0.attn.relative_position_index': np.zeros((7, 7), np.int64)}, tmp_path / 'in.safetensors')
   args = ['import', '--kind', kind, '--from', f'{tmp_path}/in.safetensors', '--to', f'{tmp_path}/dir', '--grid', '2x3']
   extra = dict(pretrain=['--early-layer', '1'], segmenter=['--out-indices', '0,0,1,2']).get(kind, [])
-  assert convert.main(args + extra) == 0
-  c, variables, _ = checkpoint.load_variables(tmp_path / 'dir')
+  assert commands.run('convert', args + extra) == 0
+  c, variables, _ = stages.load_variables(tmp_path / 'dir')
   module = MODULES[kind]
   assert c.data.image_size == [16, 24]
   if kind == 'tokenizer':
@@ -63,7 +65,9 @@ def test_import_reads_the_sizes_and_export_gives_the_same_bits(tmp_path, kind):
     np.testing.assert_allclose(model.logits(images), direct, atol=1e-3)
   if kind == 'segmenter':
     assert model.logits(images).shape == (2, 8, 12, 5)
-  assert convert.main(['export', '--from', f'{tmp_path}/dir', '--to', f'{tmp_path}/out.safetensors', '--to-format', 'official']) == 0
+  assert (
+    commands.run('convert', ['export', '--from', f'{tmp_path}/dir', '--to', f'{tmp_path}/out.safetensors', '--to-format', 'official']) == 0
+  )
   out = load_file(tmp_path / 'out.safetensors')
   assert set(state) <= set(out) and all(
     k.split('.')[-1] in ('relative_position_index', 'embed_avg', 'initted', 'num_batches_tracked') for k in set(out) - set(state)
@@ -92,7 +96,7 @@ def test_pretraining_checkpoint_without_heads(tmp_path):
 
 def test_list_names_every_key(tmp_path, capsys):
   save_file(random_state('classifier') | {'surprise': np.zeros(2, np.float32)}, tmp_path / 'x.safetensors')
-  assert convert.main(['import', '--kind', 'classifier', '--from', f'{tmp_path}/x.safetensors', '--list']) == 0
+  assert commands.run('convert', ['import', '--kind', 'classifier', '--from', f'{tmp_path}/x.safetensors', '--list']) == 0
   lines = capsys.readouterr().out.splitlines()
   assert any(line.split() == ['surprise', '(2,)', 'NO', 'HOME'] for line in lines)
   assert any('blocks.1.attn.qkv.weight' in line and 'params/backbone/block_1/attn/qkv' in line for line in lines)
@@ -139,7 +143,7 @@ def broken(tmp_path):
 def test_bad_files_leave_nothing_behind(tmp_path, capsys, name, kind, words):
   broken(tmp_path)
   args = ['import', '--kind', kind, '--from', f'{tmp_path}/{name}', '--to', f'{tmp_path}/dir', '--grid', '2x3']
-  assert convert.main(args) == 2
+  assert commands.run('convert', args) == 2
   message = capsys.readouterr().err
   assert message.startswith('error: ') and words in message and message.count('\n') == 1
   assert not [p for p in tmp_path.iterdir() if p.is_dir()]
@@ -150,7 +154,10 @@ def test_a_shape_that_does_not_fit_names_both_sides(tmp_path, capsys):
   state['blocks.1.norm1.weight'] = np.zeros(15, np.float32)
   save_file(state, tmp_path / 'x.safetensors')
   assert (
-    convert.main(['import', '--kind', 'classifier', '--from', f'{tmp_path}/x.safetensors', '--to', f'{tmp_path}/dir', '--grid', '2x3']) == 2
+    commands.run(
+      'convert', ['import', '--kind', 'classifier', '--from', f'{tmp_path}/x.safetensors', '--to', f'{tmp_path}/dir', '--grid', '2x3']
+    )
+    == 2
   )
   assert '(15,) against (16,)' in capsys.readouterr().err and not (tmp_path / 'dir').exists()
 
@@ -173,18 +180,17 @@ def test_hugging_face_directory(tmp_path):
 
 def test_tree_diff_names_both_sides():
   with pytest.raises(UserError, match=r'only in B: y.*only in A: x.*z \(1,\) against \(2,\)'):
-    handoff.check_same({'x': np.zeros(1), 'z': np.zeros(1)}, {'y': np.zeros(1), 'z': np.zeros(2)}, 'A', 'B')
+    trees.check_same({'x': np.zeros(1), 'z': np.zeros(1)}, {'y': np.zeros(1), 'z': np.zeros(2)}, 'A', 'B')
 
 
 def test_a_stage_trained_here_goes_to_hugging_face(tmp_path):
   """Its config leaves out what the model has by default."""
   c = smoke('pretrain').unlock()
   c.model.vocab = 8
-  module = api.build(c)
-  variables = sharding.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
+  variables = from_config.fresh_variables(c)
   config.save(c, tmp_path)
-  checkpoint.write_variables(tmp_path, 0, variables)
-  assert convert.main(['export', '--from', f'{tmp_path}', '--to', f'{tmp_path}/hf', '--to-format', 'hf']) == 0
+  stages.write_variables(tmp_path, 0, variables)
+  assert commands.run('convert', ['export', '--from', f'{tmp_path}', '--to', f'{tmp_path}/hf', '--to-format', 'hf']) == 0
   theirs = json.loads((tmp_path / 'hf' / 'config.json').read_text())
   assert theirs['use_shared_relative_position_bias'] and not theirs['use_absolute_position_embeddings']
   assert (tmp_path / 'hf' / 'model.safetensors').stat().st_mode & 0o044  # others may read it
@@ -197,7 +203,7 @@ def test_a_segmenter_comes_back_from_hugging_face(tmp_path):
   convert.export_checkpoint(tmp_path / 'a', tmp_path / 'hf', 'hf')
   said = convert.import_checkpoint('segmenter', tmp_path / 'hf', tmp_path / 'b')  # the directory itself
   assert '12 blocks of width 8' in said and 'taps after blocks 3, 5, 7, 11' in said
-  a, b = (handoff.flatten(checkpoint.load_variables(tmp_path / x)[1]) for x in 'ab')
+  a, b = (trees.flatten(stages.load_variables(tmp_path / x)[1]) for x in 'ab')
   assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
@@ -216,16 +222,16 @@ def test_impossible_sizes_and_weights_are_refused(tmp_path, capsys, kind, extra,
     state['head.bias'][0] = np.nan
   save_file(state, tmp_path / 'in.safetensors')
   args = ['import', '--kind', kind, '--from', f'{tmp_path}/in.safetensors', '--to', f'{tmp_path}/dir', '--grid', '2x3', *extra]
-  assert convert.main(args) == 2 and words in capsys.readouterr().err
+  assert commands.run('convert', args) == 2 and words in capsys.readouterr().err
   assert not (tmp_path / 'dir').exists()
 
 
 def test_a_target_inside_a_file_and_a_damaged_checkpoint_are_one_line(tmp_path, capsys):
   save_file(random_state('classifier'), tmp_path / 'in.safetensors')
   args = ['import', '--kind', 'classifier', '--from', f'{tmp_path}/in.safetensors', '--grid', '2x3', '--to']
-  assert convert.main([*args, f'{tmp_path}/in.safetensors/sub']) == 2
+  assert commands.run('convert', [*args, f'{tmp_path}/in.safetensors/sub']) == 2
   assert capsys.readouterr().err.startswith('error: ')
-  assert convert.main([*args, f'{tmp_path}/dir']) == 0
+  assert commands.run('convert', [*args, f'{tmp_path}/dir']) == 0
   for path in (tmp_path / 'dir' / 'checkpoints').rglob('*'):
     if path.is_file():
       path.write_bytes(path.read_bytes()[:3])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from beitv2_jax.analysis import codes as pictures
+from beitv2_jax.pictures import codebook as pictures
 from tests.conftest import ROOT, main_env, run_main
 
 
@@ -20,7 +20,7 @@ def test_the_chain_on_a_folder_of_images(tmp_path):
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray((digits.images[i] * 15).astype(np.uint8)).resize((40, 36)).save(folder / f'{i}.png')
   out = tmp_path / 'out'
-  command = [sys.executable, '-m', 'beitv2_jax.demo', f'--data=folder:{tmp_path}/images', '--steps=0.01', f'--out={out}']
+  command = [sys.executable, '-m', 'beitv2_jax', 'demo', f'--data=folder:{tmp_path}/images', '--steps=0.01', f'--out={out}']
   done = subprocess.run(command, env=main_env(), cwd=ROOT, capture_output=True, text=True, timeout=500)
   assert done.returncode == 0, done.stderr[-3000:]
   summary = json.loads((out / 'summary.json').read_text())

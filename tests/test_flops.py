@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
-from beitv2_jax import api, flops
 from beitv2_jax import config as config_lib
-from configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
+from beitv2_jax.costs import flops
+from beitv2_jax.models import from_config
 
 
 def counted(module, *args, size=224, **kwargs):
@@ -24,11 +25,11 @@ def test_formulas_are_what_xla_counts(stage):
   if stage == 'tokenizer':
     c.model.teacher_width = 512
     formula = flops.tokenizer_codes(c.model, 196) + flops.tokenizer_decoder(c.model, 196)
-    measured = counted(api.build(c))
+    measured = counted(from_config.build(c))
   else:
     c.model.vocab = 8192
     formula = flops.pretraining_model(c.model, 196, 75)
-    measured = counted(api.build(c), None, jnp.zeros((1, 75), jnp.int32))
+    measured = counted(from_config.build(c), None, jnp.zeros((1, 75), jnp.int32))
   assert formula < measured < 1.04 * formula  # the rest is norms, softmax, GELU
 
 
@@ -40,7 +41,7 @@ def test_downstream_formulas_too(recipe, size, formula, slack):
   c.dtype = 'float32'
   c.model.classes = c.model.classes or 1000
   needed = formula(c.model, (size // 16) ** 2)
-  measured = counted(api.build(c), size=size)
+  measured = counted(from_config.build(c), size=size)
   assert needed < measured < slack * needed  # resizing by matrices is most of the rest in a segmenter
 
 

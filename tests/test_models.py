@@ -9,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from beitv2_jax import sharding
-from beitv2_jax.models import functions, layers, norm_gpu, vit
+from beitv2_jax.kernels import functions, norm_gpu
+from beitv2_jax.models import layers, vit
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.mim import MIM, code_loss, mask_from_index
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.training import sharding
 
 
 def init(module, images):

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from beitv2_jax import handoff, sharding
 from beitv2_jax.models import quantizer
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MIM
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.weights import official
+from beitv2_jax.training import sharding
+from beitv2_jax.weights import official, trees
 
 HEADS = dict(encoder=2, decoder=2)
 TOLERANCE = 2e-5
@@ -148,7 +148,7 @@ def test_map_round_trip_is_bit_equal(kind):
   heads = dict(encoder=2, decoder=4)
   state = official.from_ours(kind, variables)
   back = official.to_ours(kind, state, heads)
-  handoff.check_same(back, variables, 'back', 'variables')
+  trees.check_same(back, variables, 'back', 'variables')
   for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(variables)):
     np.testing.assert_array_equal(a, b)
   with pytest.raises(Exception, match='1 keys have no place in a .* model: surprise'):

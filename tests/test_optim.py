@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from beitv2_jax.configs import beitv2_b16, beitv2_l16, vqkd_b16
 
-from beitv2_jax import handoff, optim, sharding, tasks
+from beitv2_jax import tasks
 from beitv2_jax.models.classifier import Classifier
-from configs import beitv2_b16, beitv2_l16, vqkd_b16
+from beitv2_jax.training import optim, sharding
+from beitv2_jax.weights import trees
 from tests.conftest import smoke
 
 # (lr, min_lr, warmup epochs, epochs, steps an epoch) and official values at some steps.
@@ -35,7 +37,7 @@ def decayed(task):
   c = smoke(task)
   model, _ = tasks.make(c)
   params = jax.eval_shape(lambda: sharding.unbox(model.init(jax.random.key(0))))['params']
-  flags = handoff.flatten(optim.decay_mask(params, c.optim.no_decay))
+  flags = trees.flatten(optim.decay_mask(params, c.optim.no_decay))
   return {k for k, v in flags.items() if v}
 
 
@@ -58,7 +60,7 @@ def test_layer_wise_decay():
   """Official values of the patch embedding, and every group of a base model."""
   params = sharding.unbox(jax.eval_shape(Classifier(768, 12, 12, 16, (14, 14), 10).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3))))
   for decay, first in ((0.6, 0.00130607), (0.65, 0.00369721), (0.75, 0.02375726)):
-    scales = handoff.flatten(optim.layer_scales(params['params'], decay))
+    scales = trees.flatten(optim.layer_scales(params['params'], decay))
     np.testing.assert_allclose(scales['backbone/patch_embed/kernel'], first, rtol=3e-6)
     assert scales['backbone/cls_token'] == scales['backbone/patch_embed/kernel']
     for block in range(12):

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 import beitv2_jax
-from beitv2_jax import convert
+from beitv2_jax.models import images as images_lib
 from beitv2_jax.models import teacher, upernet
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MIM
 from beitv2_jax.models.upernet import Segmenter
-from beitv2_jax.weights import files
+from beitv2_jax.weights import convert, files
 from tests.test_convert import random_state
 
 pytestmark = pytest.mark.parity
@@ -152,7 +152,7 @@ def test_clip_teacher(tmp_path):
   ours, params = teacher.load('clip', str(tmp_path / 'clip'), (4, 4))
   x = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
   with torch.no_grad():
-    vision = theirs.vision_model(nchw(np.asarray(teacher.normalize(x, teacher.CLIP_MEAN, teacher.CLIP_STD))))
+    vision = theirs.vision_model(nchw(np.asarray(images_lib.normalize(x, images_lib.CLIP_MEAN, images_lib.CLIP_STD))))
     expected = theirs.visual_projection(theirs.vision_model.post_layernorm(vision.last_hidden_state[:, 1:])).numpy()
   np.testing.assert_allclose(ours.apply(params, x), expected, atol=1e-4, rtol=1e-4)
 
@@ -170,5 +170,7 @@ def test_dino_teacher(tmp_path):
   ours, params = teacher.load('dino', str(tmp_path / 'dino'), (4, 4))
   x = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
   with torch.no_grad():
-    expected = theirs(nchw(np.asarray(teacher.normalize(x, teacher.IMAGENET_MEAN, teacher.IMAGENET_STD)))).last_hidden_state[:, 1:].numpy()
+    expected = (
+      theirs(nchw(np.asarray(images_lib.normalize(x, images_lib.IMAGENET_MEAN, images_lib.IMAGENET_STD)))).last_hidden_state[:, 1:].numpy()
+    )
   np.testing.assert_allclose(ours.apply(params, x), expected, atol=1e-4, rtol=1e-4)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beitv2_jax import commands
 from beitv2_jax.data import pipeline, prepare, sources, transforms
 from beitv2_jax.errors import UserError
 
@@ -44,7 +45,7 @@ def tars(tmp_path_factory):
 
 
 def run(tars, out, *extra):
-  return prepare.main(['imagenet2012', '--tars', str(tars), '--out', str(out), '--workers', '2', *extra])
+  return commands.run('prepare', ['imagenet2012', '--from', str(tars), '--out', str(out), '--workers', '2', *extra])
 
 
 def test_what_is_prepared_reads_back(tars, tmp_path, monkeypatch):

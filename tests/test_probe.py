@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from beitv2_jax import probe
+from beitv2_jax.downstream import probes
 
 
 def blobs(n, seed, spread=0.5):
@@ -13,7 +13,7 @@ def blobs(n, seed, spread=0.5):
 
 def test_linear_probe_finds_the_optimum():
   x, y = blobs(60, 0)
-  w, b = probe.fit_linear(x, y, 3, decay=0.1)
+  w, b = probes.fit_linear(x, y, 3, decay=0.1)
 
   def loss(flat):
     logits = x @ flat[:15].reshape(5, 3) + flat[15:]
@@ -28,8 +28,8 @@ def test_linear_probe_finds_the_optimum():
 def test_scores_separate_signal_from_noise():
   x, y = blobs(90, 0)
   test, test_y = blobs(60, 1)
-  good = probe.scores(x, y, test, test_y)
-  noise = probe.scores(np.random.default_rng(2).normal(size=x.shape), y, test, test_y)
+  good = probes.scores(x, y, test, test_y)
+  noise = probes.scores(np.random.default_rng(2).normal(size=x.shape), y, test, test_y)
   assert all(v > 90 for v in good.values()) and all(v < 60 for v in noise.values())
 
 
@@ -37,8 +37,8 @@ def test_knn_by_hand():
   train = np.array([[1, 0.0], [0.9, 0.1], [0, 1.0], [0.1, 0.9], [0, -1]])
   labels = np.array([0, 0, 1, 1, 2])
   test = np.array([[2, 0.1], [0.1, 3], [0.0, -5]])
-  assert probe.knn(train, labels, test, np.array([0, 1, 2]), k=1) == 100
-  assert probe.knn(train, labels, test, np.array([0, 1, 0]), k=1) == pytest.approx(200 / 3)
+  assert probes.knn(train, labels, test, np.array([0, 1, 2]), k=1) == 100
+  assert probes.knn(train, labels, test, np.array([0, 1, 0]), k=1) == pytest.approx(200 / 3)
 
 
 def test_knn_ties():
@@ -46,7 +46,7 @@ def test_knn_ties():
   train = np.array([[1.0, 0], [1.0, 0], [1.0, 0], [0, 1.0]])
   test = np.array([[2.0, 0]])
   for labels, k, winner in (([1, 0, 0, 2], 1, 1), ([1, 0, 0, 2], 2, 0), ([2, 1, 0, 0], 3, 0), ([1, 0, 0, 2], 3, 0)):
-    assert probe.knn(train, np.array(labels), test, np.array([winner]), k=k) == 100
+    assert probes.knn(train, np.array(labels), test, np.array([winner]), k=k) == 100
 
 
 def test_layer_probes_find_the_block_and_the_pooling_that_knows():
@@ -59,7 +59,7 @@ def test_layer_probes_find_the_block_and_the_pooling_that_knows():
     f[:, 1, 1] = x
     return f
 
-  scores = probe.layer_probes(features(x, 5)[None], y, features(test, 6), test_y, epochs=60, batch=100, lr=0.05)
+  scores = probes.layer_probes([features(x, 5)], y, features(test, 6), test_y, epochs=60, batch=100, lr=0.05)
   assert scores.shape == (3, 3) and scores[1, 1] > 90 and scores[1, 2] > 85
   noise = np.delete(scores.ravel(), [4, 5])
   assert noise.max() < 60
@@ -79,5 +79,5 @@ def test_attentive_probe_finds_the_token_that_knows():
     out[np.arange(len(x)), place, 5] = 5  # a mark to find it by
     return out
 
-  score = probe.attentive_probe(tokens(x, 2), y, tokens(test, 3), test_y, heads=1, epochs=60, batch=100, lr=0.02)
+  score = probes.attentive_probe(tokens(x, 2), y, tokens(test, 3), test_y, heads=1, epochs=60, batch=100, lr=0.02)
   assert score > 85

@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beitv2_jax.configs import ade20k_b16, ade20k_l16
 from PIL import Image
 
 import beitv2_jax
-from beitv2_jax import predict, segmentation, train
+from beitv2_jax import commands
 from beitv2_jax.data import pipeline, scenes, sources
+from beitv2_jax.downstream import segmentation
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.upernet import linear_weights
-from configs import ade20k_b16, ade20k_l16
+from beitv2_jax.tasks import scores
+from beitv2_jax.training import loop
 from tests.conftest import smoke
 
 CLASSES = 3
@@ -54,16 +57,16 @@ def recipe(folder, **changes):
 def trained(folder, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('segmenter')
   c = recipe(folder, steps=60, optim__lr=3e-3, optim__warmup_steps=5, optim__layer_decay=1.0, checkpoint__every=100, log_every=30)
-  return workdir, train.run(c, workdir)
+  return workdir, loop.run(c, workdir)
 
 
 def test_metrics_by_hand():
   """Two classes and one that is nowhere; pixels of no class don't count."""
   label = np.array([[0, 0, 1, 1], [0, 255, 1, 255]])
   predicted = np.array([[0, 1, 1, 1], [0, 0, 0, 1]])
-  matrix = segmentation.confusion(label, predicted, 3)
+  matrix = scores.confusion(label, predicted, 3)
   np.testing.assert_array_equal(matrix, [[2, 1, 0], [1, 2, 0], [0, 0, 0]])
-  s = segmentation.scores(matrix)
+  s = scores.segmentation_scores(matrix)
   assert s['miou'] == pytest.approx(50) and s['macc'] == pytest.approx(200 / 3) and s['aacc'] == pytest.approx(200 / 3)
   np.testing.assert_allclose(s['iou'], [50, 50, np.nan])
 
@@ -182,14 +185,17 @@ def test_training_learns_and_the_exact_scores_agree(trained, folder):
 
 
 def test_scores_from_the_command_line(trained, capsys, tmp_path):
-  assert segmentation.main(['--from', str(trained[0]), '--json', f'{tmp_path}/s.json']) == 0
+  assert commands.run('segmentation', ['--from', str(trained[0]), '--json', f'{tmp_path}/s.json']) == 0
   assert 'dark' in capsys.readouterr().out
   assert set(json.loads((tmp_path / 's.json').read_text())['iou']) == {'dark', 'bright', 'sky'}
 
 
 def test_predicted_masks(trained, folder, tmp_path):
   assert (
-    predict.main(['--from', str(trained[0]), f'{folder}/val/images/0.png', '--out', f'{tmp_path}/o', '--json', f'{tmp_path}/r.json']) == 0
+    commands.run(
+      'predict', ['--from', str(trained[0]), f'{folder}/val/images/0.png', '--out', f'{tmp_path}/o', '--json', f'{tmp_path}/r.json']
+    )
+    == 0
   )
   (result,) = json.loads((tmp_path / 'r.json').read_text())
   mask = np.array(Image.open(result['mask']))
@@ -200,23 +206,23 @@ def test_predicted_masks(trained, folder, tmp_path):
 
 def test_sizes_devices_and_starting_points(trained, folder, tmp_path):
   """The same loss on eight devices (batch norm over all of them); another size or class count is said in words."""
-  one, eight = (train.run(recipe(folder, steps=2, batch_size=8, eval_batch_size=8, mesh__data=d), tmp_path / str(d)) for d in (1, 8))
+  one, eight = (loop.run(recipe(folder, steps=2, batch_size=8, eval_batch_size=8, mesh__data=d), tmp_path / str(d)) for d in (1, 8))
   for key in one:
     assert one[key] == pytest.approx(eight[key], abs=0.5)
-  from beitv2_jax import metrics
+  from beitv2_jax.training import metrics
 
   a, b = ([r['loss'] for r in metrics.read(tmp_path / str(d))] for d in (1, 8))
   np.testing.assert_allclose(a, b, rtol=1e-4)
   with pytest.raises(UserError, match='depth 3 there, 5 here'):
-    train.run(recipe(folder, init_from=str(trained[0]), model__depth=5), tmp_path / 'x')
+    loop.run(recipe(folder, init_from=str(trained[0]), model__depth=5), tmp_path / 'x')
   with pytest.raises(UserError, match='names 3 classes, model.classes is 4'):
-    train.run(recipe(folder, model__classes=4), tmp_path / 'y')
+    loop.run(recipe(folder, model__classes=4), tmp_path / 'y')
   with pytest.raises(UserError, match='has no masks'):
-    train.run(recipe(folder, data__source='fake:20'), tmp_path / 'z')
+    loop.run(recipe(folder, data__source='fake:20'), tmp_path / 'z')
 
 
 def test_recipes_and_their_schedule():
-  from beitv2_jax import optim
+  from beitv2_jax.training import optim
 
   for c, lr, decay, drop in ((ade20k_b16.get_config(), 5e-5, 0.75, 0.15), (ade20k_l16.get_config('pretrained=21k'), 3e-5, 0.9, 0.2)):
     assert (c.optim.lr, c.optim.layer_decay, c.model.drop_path, c.steps, c.batch_size) == (lr, decay, drop, 160_000, 16)

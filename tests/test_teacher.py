@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from beitv2_jax.errors import UserError
+from beitv2_jax.models import images as images_lib
 from beitv2_jax.models import teacher
 from beitv2_jax.models.vit import resize_pos_embed
 
@@ -31,7 +32,7 @@ def test_dense_clip_target(clip):
   ours, weights = teacher.load('clip', str(folder), (4, 4))
   target = ours.apply(weights, images())
   assert target.shape == (2, 16, 24) and ours.width == 24
-  x = teacher.normalize(images(), teacher.CLIP_MEAN, teacher.CLIP_STD)
+  x = images_lib.normalize(images(), images_lib.CLIP_MEAN, images_lib.CLIP_STD)
   out = model.module.apply(
     {'params': params}, jnp.zeros((2, 4), jnp.int32), x, jnp.ones((2, 4), jnp.int32), jnp.tile(jnp.arange(4), (2, 1))
   )
@@ -57,7 +58,7 @@ def test_input_and_positions_follow_the_students_grid(clip, grid):
   if grid[0] == grid[1]:
     native = teacher.new_clip(width=32, depth=2, heads=2, patch_size=8, image_size=48, projection=24, vocab=8, text_length=4)
     vision = params['vision_model'] | {'embeddings': params['vision_model']['embeddings'] | {'position_embedding': {'embedding': resized}}}
-    x = teacher.normalize(x, teacher.CLIP_MEAN, teacher.CLIP_STD)
+    x = images_lib.normalize(x, images_lib.CLIP_MEAN, images_lib.CLIP_STD)
     text = jnp.zeros((2, 4), jnp.int32)
     out = native.module.apply({'params': params | {'vision_model': vision}}, text, x, jnp.ones_like(text), text).vision_model_output
     norm = params['vision_model']['post_layernorm']

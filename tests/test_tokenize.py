@@ -8,14 +8,17 @@ from PIL import Image
 from pyarrow import parquet
 
 import beitv2_jax
-from beitv2_jax import tokenize, train
+from beitv2_jax import commands
+from beitv2_jax.downstream.codes import tokenize
+from beitv2_jax.downstream.image_files import find_images
+from beitv2_jax.training import loop
 from tests.conftest import smoke
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   root = tmp_path_factory.mktemp('tokenize')
-  train.run(smoke('tokenizer', steps=1), root / 'vqkd')
+  loop.run(smoke('tokenizer', steps=1), root / 'vqkd')
   (root / 'images').mkdir()
   rng = np.random.default_rng(0)
   for i in range(5):
@@ -25,16 +28,16 @@ def folder(tmp_path_factory):
 
 
 def test_saved_and_printed_codes_agree(folder, capsys):
-  common = ['--tokenizer', f'{folder}/vqkd', '--batch', '2']
-  assert tokenize.main([*common, '--save', f'{folder}/codes.npz', f'{folder}/images']) == 0
+  common = ['--from', f'{folder}/vqkd', '--batch', '2']
+  assert commands.run('tokenize', [*common, '--out', f'{folder}/codes.npz', f'{folder}/images']) == 0
   assert 'broken.jpg does not decode' in capsys.readouterr().err
   saved = np.load(folder / 'codes.npz')
   assert saved['codes'].shape == (5, 4, 4) and len(saved['files']) == 5
-  assert tokenize.main([*common, '--save', f'{folder}/codes.parquet', f'{folder}/images']) == 0
+  assert commands.run('tokenize', [*common, '--out', f'{folder}/codes.parquet', f'{folder}/images']) == 0
   table = parquet.read_table(folder / 'codes.parquet').to_pydict()
   np.testing.assert_array_equal(np.reshape(table['codes'], (5, 4, 4)), saved['codes'])
   capsys.readouterr()
-  assert tokenize.main([*common, f'{folder}/images/3.png']) == 0
+  assert commands.run('tokenize', [*common, f'{folder}/images/3.png']) == 0
   lines = capsys.readouterr().out.splitlines()
   np.testing.assert_array_equal([[int(c) for c in line.split()] for line in lines[1:]], saved['codes'][3])
   image = Image.open(folder / 'images' / '3.png')  # 67 x 50: the shorter side becomes 36
@@ -43,11 +46,11 @@ def test_saved_and_printed_codes_agree(folder, capsys):
 
 
 @pytest.mark.parametrize(
-  'args, words', [(['/nowhere.jpg'], 'no file or folder'), (['--save', 'x.txt', '.'], 'ends in .npz'), (['EMPTY'], 'no images under')]
+  'args, words', [(['/nowhere.jpg'], 'no file or folder'), (['--out', 'x.txt', '.'], 'ends in .npz'), (['EMPTY'], 'no images under')]
 )
 def test_errors(folder, tmp_path, capsys, args, words):
   args = [str(tmp_path) if a == 'EMPTY' else a for a in args]
-  assert tokenize.main(['--tokenizer', f'{folder}/vqkd', *args]) == 2
+  assert commands.run('tokenize', ['--from', f'{folder}/vqkd', *args]) == 2
   assert words in capsys.readouterr().err
 
 
@@ -59,7 +62,7 @@ DEMO = os.environ.get('BEITV2_VQKD_1X_CLIP'), os.environ.get('BEITV2_DEMO_IMAGE'
 )
 def test_official_demo_codes():
   """First two rows of the codes that the official README prints for ImageNet val 00031649 (99 different codes in all)."""
-  _, codes = tokenize.tokenize(beitv2_jax.load(DEMO[0]), tokenize.find_images([DEMO[1]]))
+  _, codes = tokenize(beitv2_jax.load(DEMO[0]), find_images([DEMO[1]]))
   first = [3812, 7466, 1913, 1913, 1903, 1913, 1903, 1913, 3812, 7820, 6337, 2189, 7466, 7466]
   second = [2492, 3743, 5268, 3481, 5268, 4987, 445, 8009, 3501, 5268, 7820, 7831, 4816, 2189]
   assert codes.shape == (1, 14, 14) and (codes[0, :2].ravel() == first + second).mean() >= 0.95 and abs(len(np.unique(codes)) - 99) <= 3

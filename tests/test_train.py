@@ -11,13 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beitv2_jax.configs import finetune_b16
 
-from beitv2_jax import checkpoint, handoff, metrics, optim, sharding, tasks, train
 from beitv2_jax import config as config_lib
+from beitv2_jax import tasks
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import SaveError, UserError
-from beitv2_jax.models import attention_gpu, chip, norm_gpu
-from configs import finetune_b16
+from beitv2_jax.kernels import attention_gpu, chip, norm_gpu
+from beitv2_jax.training import checkpoint, loop, metrics, optim, sharding
+from beitv2_jax.training.train_state import state_layout
+from beitv2_jax.training.train_step import make_train_step
+from beitv2_jax.weights import stages, trees
 from tests.conftest import main_command, main_env, run_main, smoke
 
 
@@ -29,8 +33,8 @@ def losses(workdir):
 def runs(tmp_path_factory):
   """Both stages, trained for 6 steps without a stop."""
   root = tmp_path_factory.mktemp('runs')
-  results = {'tokenizer': train.run(smoke('tokenizer'), root / 'tokenizer')}
-  results['pretrain'] = train.run(smoke('pretrain', tokenizer_from=str(root / 'tokenizer')), root / 'pretrain')
+  results = {'tokenizer': loop.run(smoke('tokenizer'), root / 'tokenizer')}
+  results['pretrain'] = loop.run(smoke('pretrain', tokenizer_from=str(root / 'tokenizer')), root / 'pretrain')
   return root, results
 
 
@@ -50,11 +54,11 @@ def test_a_stopped_run_goes_on_bit_by_bit(runs, tmp_path, task):
   save = checkpoint.Checkpoints.save
   with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
     patch.setattr(checkpoint.Checkpoints, 'save', stop_after_save)
-    train.run(smoke(task, **extra), tmp_path)
+    loop.run(smoke(task, **extra), tmp_path)
   assert [s for s, *_ in losses(tmp_path)] == [1, 2, 3]
-  assert train.run(smoke(task, **extra), tmp_path) == results[task]
+  assert loop.run(smoke(task, **extra), tmp_path) == results[task]
   assert losses(tmp_path) == losses(root / task) and len(losses(tmp_path)) == 6
-  a, b = (handoff.flatten(checkpoint.load_variables(d)[1]) for d in (tmp_path, root / task))
+  a, b = (trees.flatten(stages.load_variables(d)[1]) for d in (tmp_path, root / task))
   assert a.keys() == b.keys()
   for k in a:
     np.testing.assert_array_equal(a[k], b[k], err_msg=k)
@@ -81,23 +85,23 @@ def test_a_stage_starts_from_the_weights_of_another(runs, tmp_path, task):
   root, results = runs
   extra = dict(tokenizer_from=str(root / 'tokenizer')) if task == 'pretrain' else {}
   c = smoke(task, init_from=str(root / task), steps=0, **extra)
-  assert train.run(c, tmp_path / 'same') == results[task]
+  assert loop.run(c, tmp_path / 'same') == results[task]
   larger = smoke(task, init_from=str(root / task), steps=0, data__image_size=48, **extra)
   if task == 'pretrain':  # the tables are resampled, so the larger images are read as well as the smaller ones
-    assert abs(train.run(larger, tmp_path / 'larger')['loss_1'] - results[task]['loss_1']) < 0.5
+    assert abs(loop.run(larger, tmp_path / 'larger')['loss_1'] - results[task]['loss_1']) < 0.5
   wider = smoke(task, init_from=str(root / task), **extra).unlock()
   (wider.model.encoder if task == 'tokenizer' else wider.model).width = 64
   with pytest.raises(
     UserError, match=r'init_from=.* does not fit the model of this config. shapes differ .*Give this stage the same sizes'
   ):
-    train.run(wider, tmp_path / 'wider')
+    loop.run(wider, tmp_path / 'wider')
   other = dict(tokenizer='pretrain', pretrain='tokenizer')[task]
   with pytest.raises(UserError, match=f'init_from holds a {other} stage; a {task} stage starts from one of its own kind'):
-    train.run(smoke(task, init_from=str(root / other), **extra), tmp_path / 'other')
+    loop.run(smoke(task, init_from=str(root / other), **extra), tmp_path / 'other')
 
 
 def test_the_frozen_tokenizer_is_not_saved_again(runs):
-  _, variables, _ = checkpoint.load_variables(runs[0] / 'pretrain')
+  _, variables, _ = stages.load_variables(runs[0] / 'pretrain')
   assert set(variables) == {'params'} and 'encoder' not in variables['params']
 
 
@@ -115,17 +119,16 @@ def some_steps(c, steps=3):
   task, frozen = tasks.make(c)
   mesh = sharding.make_mesh(c.mesh.data, c.mesh.model)
   tx, schedule = optim.make(c.optim, 100, 2)
-  make_state, abstract, shardings, whole = train.init_state(task, tx, mesh, c.mesh, jax.random.key(0))
-  state, frozen = make_state(jax.random.key(0)), sharding.put_replicated(frozen, mesh)
-  step = jax.jit(
-    train.make_train_step(task, tx, schedule, c.accumulate, shardings, whole), out_shardings=(shardings, sharding.replicated(mesh))
-  )
+  layout = state_layout(task, tx, mesh, c.mesh)
+  state, frozen = layout.init(jax.random.key(0)), sharding.put_replicated(frozen, mesh)
+  train_step = make_train_step(task, tx, schedule, c.accumulate, layout)
+  step = jax.jit(train_step, out_shardings=(layout.shardings, sharding.replicated(mesh)))
   batches = global_batches(c, task)
   out = []
   for i in range(steps):
     batch = sharding.put_batch(next(batches), mesh)
     if i == 0:
-      warm = jax.jit(task.warm_start, out_shardings=shardings.model_state)
+      warm = jax.jit(task.warm_start, out_shardings=layout.shardings.model_state)
       state = state._replace(model_state=warm(state.params, state.model_state, frozen, batch, jax.random.key(1)))
     with jax.set_mesh(mesh):
       state, values = step(state, frozen, batch, jax.random.key(2))
@@ -228,7 +231,7 @@ def two_processes(*args):
 def wide(tmp_path_factory):
   """A tokenizer whose matrices are large enough to be kept in parts."""
   workdir = tmp_path_factory.mktemp('wide')
-  train.run(smoke('tokenizer', model__encoder__width=128), workdir)
+  loop.run(smoke('tokenizer', model__encoder__width=128), workdir)
   return workdir
 
 
@@ -246,9 +249,9 @@ def test_two_processes_give_the_numbers_of_one(wide, tmp_path, layout):
   """And a single device goes on from what they saved."""
   two_processes('--config=configs/vqkd_b16.py:smoke', f'--workdir={tmp_path}', '--config.model.encoder.width=128', *layout)
   np.testing.assert_allclose(losses(tmp_path), losses(wide), rtol=1e-5)
-  assert checkpoint.load_variables(tmp_path)[2] == 6
+  assert stages.load_variables(tmp_path)[2] == 6
   shutil.rmtree(tmp_path / 'checkpoints' / '6')
-  train.run(smoke('tokenizer', model__encoder__width=128), tmp_path)
+  loop.run(smoke('tokenizer', model__encoder__width=128), tmp_path)
   np.testing.assert_allclose(losses(tmp_path), losses(wide), rtol=1e-5)
 
 
@@ -258,7 +261,7 @@ def test_two_processes_fine_tune(wide, tmp_path):
   two_processes('--config=configs/finetune_b16.py:encoder,smoke', f'--workdir={tmp_path / "two"}', *args)
   c = finetune_b16.get_config('encoder,smoke').unlock()
   c.steps, c.ema_decay, c.init_from, c.model.width, c.model.depth, c.mesh.data = 2, 0.5, str(wide), 128, 2, 1
-  results = train.run(c.lock(), tmp_path / 'one')
+  results = loop.run(c.lock(), tmp_path / 'one')
   assert results['ema_loss'] != results['loss']
   (theirs,) = metrics.read(tmp_path / 'two', 'eval')
   for key, value in results.items():
@@ -278,7 +281,7 @@ def test_a_signal_saves_first(tmp_path, number):
   out, _ = process.communicate(timeout=120)
   assert process.returncode == 128 + number, out[-3000:]
   assert 'goes on from there' in out
-  saved = checkpoint.load_variables(tmp_path)[2]
+  saved = stages.load_variables(tmp_path)[2]
   assert saved == losses(tmp_path)[-1][0] >= 3
 
 
@@ -294,7 +297,7 @@ def test_a_profile_of_some_steps(tmp_path):
 
 
 def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path, monkeypatch):
-  healthy = train.make_train_step
+  healthy = loop.make_train_step
 
   def poisoned(*args):
     def step(state, *rest):
@@ -303,10 +306,10 @@ def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path, m
 
     return step
 
-  monkeypatch.setattr(train, 'make_train_step', poisoned)
+  monkeypatch.setattr(loop, 'make_train_step', poisoned)
   with pytest.raises(FloatingPointError, match=r'not finite at step 5 .*last good checkpoint is step 3.*optim.lr'):
-    train.run(smoke('pretrain'), tmp_path)
-  assert checkpoint.load_variables(tmp_path)[2] == 3
+    loop.run(smoke('pretrain'), tmp_path)
+  assert stages.load_variables(tmp_path)[2] == 3
 
 
 def test_a_failed_save_is_clear_and_keeps_the_last_good_one(tmp_path, monkeypatch):
@@ -320,17 +323,17 @@ def test_a_failed_save_is_clear_and_keeps_the_last_good_one(tmp_path, monkeypatc
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint.ocp.CheckpointManager, 'save', full_disk)
     with pytest.raises(SaveError, match=r'could not save checkpoint 6.*No space left.*last good checkpoint is step 3'):
-      train.run(smoke('pretrain'), tmp_path)
-  train.run(smoke('pretrain'), tmp_path)
-  assert checkpoint.load_variables(tmp_path)[2] == 6
+      loop.run(smoke('pretrain'), tmp_path)
+  loop.run(smoke('pretrain'), tmp_path)
+  assert stages.load_variables(tmp_path)[2] == 6
 
 
 def test_keep_n_and_keep_every_and_only_complete_ones(tmp_path):
-  train.run(smoke('pretrain', checkpoint__every=1, checkpoint__keep=2, checkpoint__keep_every=3), tmp_path)
+  loop.run(smoke('pretrain', checkpoint__every=1, checkpoint__keep=2, checkpoint__keep_every=3), tmp_path)
   folder = tmp_path / 'checkpoints'
   assert sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) == [3, 5, 6]
   (folder / '7.orbax-checkpoint-tmp-123' / 'variables').mkdir(parents=True)  # what a kill in the middle of a save leaves
-  assert checkpoint.load_variables(tmp_path)[2] == 6
+  assert stages.load_variables(tmp_path)[2] == 6
   assert checkpoint.Checkpoints(tmp_path).latest() == 6
 
 
@@ -338,7 +341,7 @@ def test_another_size_in_the_same_workdir_is_an_error(runs):
   c = smoke('pretrain', model__width=64, tokenizer_from=str(runs[0] / 'tokenizer'))
   before = (runs[0] / 'pretrain' / 'config.json').read_text()
   with pytest.raises(UserError, match='shapes differ .*another workdir'):
-    train.run(c, runs[0] / 'pretrain')
+    loop.run(c, runs[0] / 'pretrain')
   assert (runs[0] / 'pretrain' / 'config.json').read_text() == before
 
 
@@ -371,8 +374,8 @@ def test_missing_workdir_is_one_line():
 
 def test_tokenizer_of_another_kind_and_patch(runs, tmp_path):
   with pytest.raises(UserError, match='holds a pretrain stage, not a tokenizer'):
-    train.run(smoke('pretrain', tokenizer_from=str(runs[0] / 'pretrain')), tmp_path / 'a')
+    loop.run(smoke('pretrain', tokenizer_from=str(runs[0] / 'pretrain')), tmp_path / 'a')
   with pytest.raises(UserError, match='make model.patch_size 8'):
-    train.run(smoke('pretrain', tokenizer_from=str(runs[0] / 'tokenizer'), model__patch_size=16), tmp_path / 'b')
+    loop.run(smoke('pretrain', tokenizer_from=str(runs[0] / 'tokenizer'), model__patch_size=16), tmp_path / 'b')
   with pytest.raises(UserError, match='mask.count=16'):
-    train.run(smoke('pretrain', mask__count=16), tmp_path / 'c')
+    loop.run(smoke('pretrain', mask__count=16), tmp_path / 'c')

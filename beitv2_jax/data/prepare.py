@@ -1,29 +1,26 @@
-"""python -m beitv2_jax.data.prepare imagenet2012 --tars DIR --out DIR: ImageNet's tars → the standard TFDS data set.
+"""ImageNet's tars → the standard TFDS data set.
 
-DIR holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as image-net.org gives them. What comes out is what
-tfds.builder('imagenet2012', data_dir=OUT) reads, in the array_record format; TensorFlow is not needed. Shards are written one by one
-and renamed when complete: the same command goes on after a stop. --short-side 256 stores smaller images for faster epochs, as
+A folder holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as image-net.org gives them. What comes out is what
+tfds.builder('imagenet2012', data_dir=...) reads, in the array_record format; TensorFlow is not needed. Shards are written one by one
+and renamed when complete: the same command goes on after a stop. A `short_side` of 256 stores smaller images for faster epochs, as
 the data set imagenet2012_256; that is not what the paper trained on.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
 import io
 import json
 import os
-import signal
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from beitv2_jax.data import transforms
-from beitv2_jax.errors import UserError, one_line
+from beitv2_jax.errors import UserError
+from beitv2_jax.progress import bar
 
 COUNTS = {'train': 1_281_167, 'validation': 50_000}
 TARS = {'train': 'ILSVRC2012_img_train.tar', 'validation': 'ILSVRC2012_img_val.tar'}
@@ -98,7 +95,7 @@ def build_index(split: str, path: Path, wnids: list[str], validation_labels: lis
         names.append(Path(m.name).name)
         places.append((m.offset_data, m.size, label[validation_labels[int(number) - 1]]))
     else:
-      for m in tqdm(outer, desc='reading the headers', unit=' classes'):
+      for m in bar(outer, 'classes', title='reading the headers'):
         wnid = Path(m.name).stem
         if wnid not in label:
           raise UserError(f'{path.name} holds {m.name}; expected one tar a class, such as {wnids[0]}.tar.')
@@ -198,17 +195,14 @@ def prepare(tars: Path, out: Path, short_side: int = 0, workers: int = 0, partia
     bounds = np.linspace(0, count, shards + 1).astype(int)
     jobs = [(folder / template.format(split, i, shards), range(bounds[i], bounds[i + 1])) for i in range(shards)]
     open_jobs = [(target, rows) for target, rows in jobs if not target.exists()]
-    progress = tqdm(total=shards, initial=shards - len(open_jobs), desc=f'{split}, {count:,} images', unit=' shards')
     with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), mp_context=_spawn()) as pool:
       futures = [pool.submit(write_shard, index, rows, target, short_side) for target, rows in open_jobs]
       try:
-        for future in concurrent.futures.as_completed(futures):
+        for future in bar(concurrent.futures.as_completed(futures), 'shards', len(futures), f'{split}, {count:,} images'):
           future.result()
-          progress.update()
       except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
         raise
-    progress.close()
     lengths = []
     for target, rows in jobs:
       try:
@@ -248,30 +242,3 @@ def _spawn():
 
 def _naming(tfds, folder, name, split):
   return tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, split=split, filetype_suffix='array_record')
-
-
-@one_line
-def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    prog='python -m beitv2_jax.data.prepare', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('dataset', choices=['imagenet2012'])
-  parser.add_argument('--tars', type=Path, required=True, help='directory of the two tars')
-  parser.add_argument('--out', type=Path, required=True, help='what --config.data.dir will be')
-  parser.add_argument('--short-side', type=int, default=0, help='store smaller images; 0 keeps the original bytes')
-  parser.add_argument('--workers', type=int, default=0, help='processes; default one a core')
-  parser.add_argument('--partial', action='store_true', help='take tars with another number of images than ImageNet-1k')
-  args = parser.parse_args(argv)
-  if args.workers < 0:
-    raise UserError(f'--workers {args.workers}: at least 1, or 0 for one a core.')
-
-  def stop(*_):
-    raise KeyboardInterrupt  # as for Ctrl-C, so that the worker processes end too
-
-  signal.signal(signal.SIGTERM, stop)
-  folder = prepare(args.tars.expanduser(), args.out.expanduser(), args.short_side, args.workers, args.partial)
-  print(f'wrote {folder}. Use it with --config.data.source=tfds:{folder.parent.name} --config.data.dir={folder.parent.parent}')
-
-
-if __name__ == '__main__':
-  sys.exit(main())

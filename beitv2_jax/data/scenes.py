@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from beitv2_jax.data.sources import SPLITS, Names, held_out, image_folders
+from beitv2_jax.data.listing import SPLITS, Names, held_out, image_folders
 from beitv2_jax.data.transforms import Record, Rng
 from beitv2_jax.errors import UserError
 

@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 
+from beitv2_jax.data import scenes
+from beitv2_jax.data.listing import EXTENSIONS, SPLITS, Names, held_out, image_folders, split_indices
 from beitv2_jax.errors import UserError
-
-EXTENSIONS = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
-SPLITS = {'train': ('train', 'training'), 'eval': ('val', 'validation', 'valid', 'test', 'eval')}
 
 
 def make(spec: str, split: str, data_dir: str = '', holdout: float = 0.1) -> Any:
@@ -36,19 +34,11 @@ def make(spec: str, split: str, data_dir: str = '', holdout: float = 0.1) -> Any
   Sources without an evaluation split of their own hold out a fixed share (`holdout`) of their images.
   """
   kind, _, where = spec.partition(':')
-  from beitv2_jax.data import scenes
-
   makers = {'digits': Digits, 'fake': Fake, 'folder': Folder, 'list': ListFile, 'parquet': Parquet, 'scenes': scenes.Scenes, 'tfds': Tfds}
   if kind not in makers or split not in SPLITS:
     known = 'digits, fake:COUNT, folder:PATH, list:FILE, parquet:PATH, scenes:PATH, tfds:NAME'
     raise UserError(f'no data source {spec!r}; use one of {known} (split train or eval).')
   return makers[kind](where, split, data_dir=data_dir, holdout=holdout)
-
-
-def split_indices(count: int, split: str, held_out: int) -> np.ndarray:
-  """The same random part of range(count) on every machine: the last `held_out` of a fixed permutation, or the rest."""
-  order = np.random.default_rng(0).permutation(count)
-  return order[count - held_out :] if split == 'eval' else order[: count - held_out]
 
 
 class Digits:
@@ -92,31 +82,6 @@ class Fake:
     coarse = rng.uniform(0, 200, (6, 6, 3)) + 55 * np.cos(label + np.arange(3))
     image = np.kron(coarse, np.ones((self.size // 6, self.size // 6, 1)))
     return dict(image=np.clip(image, 0, 255).astype(np.uint8), label=label)
-
-
-class Names:
-  """Many strings in one block of memory: a million paths as Python objects would be copied into every worker."""
-
-  def __init__(self, names: Sequence[str]):
-    block = ''.join(names)
-    if not block.isascii():
-      names = [n.encode('utf-8', 'surrogateescape') for n in names]
-    self.ends = np.cumsum(np.fromiter(map(len, names), np.int64, len(names)))
-    self.block = block.encode('utf-8', 'surrogateescape')
-
-  def __len__(self) -> int:
-    return len(self.ends)
-
-  def __getitem__(self, i: int) -> str:
-    return self.block[self.ends[i - 1] if i else 0 : self.ends[i]].decode('utf-8', 'surrogateescape')
-
-
-def held_out(count: int, split: str, holdout: float) -> np.ndarray:
-  """The records of a source without splits that belong to `split`."""
-  keep = split_indices(count, split, max(1, int(count * holdout)))  # holdout=1: all are for evaluation
-  if not len(keep):
-    raise UserError(f'{count} images are too few to hold some out for evaluation: none are left for the {split} split.')
-  return keep
 
 
 class Files:
@@ -229,37 +194,6 @@ class ListFile(Files):
         names.append(head.strip() if labelled else line)
         labels.append(tail if labelled else None)
     return names, labels
-
-
-def image_folders(root: Path) -> list[tuple[str, list[str]]]:
-  """(folder relative to `root`, its images' names, sorted) for `root` and all its sub-folders that hold any, in order."""
-  out, endings, seen = [], tuple(EXTENSIONS), set()
-
-  def walk(folder: str) -> None:
-    real = os.path.realpath(os.path.join(root, folder))
-    if real in seen:  # a link to where we have been
-      return logging.warning('left out %s: a link to %s, which is taken already', os.path.join(root, folder), real)
-    seen.add(real)
-    try:
-      names = sorted(os.listdir(os.path.join(root, folder)))
-    except OSError as e:
-      return logging.warning('left out %s: %s', e.filename, e.strerror)
-    images = [
-      n for n in names if n.lower().endswith(endings) and not n.startswith('._')
-    ]  # no look at each file: a million of them takes seconds
-    if images:
-      out.append((folder, images))
-    for name in names if len(images) < len(names) else ():
-      if not name.lower().endswith(endings) and os.path.isdir(os.path.join(root, folder, name)):
-        walk(os.path.join(folder, name))
-
-  walk('')
-  return out
-
-
-def images_under(root: Path) -> list[str]:
-  """Paths, relative to `root`, of all images in it and its sub-folders."""
-  return [os.path.join(folder, n) for folder, names in image_folders(root) for n in names]
 
 
 class Parquet:

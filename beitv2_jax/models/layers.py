@@ -14,13 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.models import attention, chip
-from beitv2_jax.models.functions import add_bias, exact, gelu_product, normalize_layer, scale_output
-
-
-def uniform(bound: float) -> Callable:
-  """Initialiser U(-bound, bound); torch's default layers use bound = 1/sqrt(fan_in)."""
-  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+from beitv2_jax.kernels import attention, chip
+from beitv2_jax.kernels.functions import add_bias, exact, gelu_product, normalize_layer, scale_output
+from beitv2_jax.models.initializers import Draw, uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Init:
 
   scheme: str = 'normal'
 
-  def weight(self, fan_in: int) -> Callable:
+  def weight(self, fan_in: int) -> Draw:
     if self.scheme == 'torch':
       return uniform(fan_in**-0.5)
     return self.token
@@ -44,20 +40,14 @@ class Init:
   def bias(self, fan_in: int) -> Callable:
     return uniform(fan_in**-0.5) if self.scheme == 'torch' else nn.initializers.zeros
 
-  def patch(self, fan_in: int) -> tuple[Callable, Callable]:
+  def patch(self, fan_in: int) -> tuple[Draw, Callable]:
     if self.scheme == 'truncated':
       return self.token, nn.initializers.zeros
     return uniform(fan_in**-0.5), uniform(fan_in**-0.5)
 
   @property
-  def token(self) -> Callable:
-    if self.scheme == 'truncated':
-      return nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0)  # no variance correction
-    return nn.initializers.normal(0.02)
-
-
-def scaled(init: Callable, factor: float) -> Callable:
-  return lambda key, shape, dtype=jnp.float32: init(key, shape, dtype) * factor
+  def token(self) -> Draw:
+    return Draw('truncated' if self.scheme == 'truncated' else 'normal', 0.02)
 
 
 class LayerNorm(nn.Module):
@@ -162,7 +152,7 @@ class Linear(nn.Module):
     """`gamma` [features] scales the result: a block's layer scale. With `gelu_first` x goes through GELU before the product, with
     `apart` xW and b are returned without being added."""
     fan_in = x.shape[-1]
-    kernel = nn.with_logical_partitioning(scaled(self.init.weight(fan_in), self.weight_scale), self.axes)
+    kernel = nn.with_logical_partitioning(self.init.weight(fan_in).scaled(self.weight_scale), self.axes)
     kernel = self.param('kernel', kernel, (fan_in, self.features))
     bias = self.param('bias', nn.with_logical_partitioning(self.init.bias(fan_in), self.axes[1:]), (self.features,))
     kernel, bias = scale_output(kernel, bias, gamma)
@@ -195,7 +185,7 @@ class Attention(nn.Module):
       bias = own if bias is None else bias + own
     how = 'xla' if self.is_initializing() else self.implementation
     y = attention.attend(x, qkv, q_bias, v_bias, bias, how)
-    proj = nn.with_logical_partitioning(scaled(self.init.weight(width), self.proj_scale), ('heads', None, 'embed'))
+    proj = nn.with_logical_partitioning(self.init.weight(width).scaled(self.proj_scale), ('heads', None, 'embed'))
     proj, proj_bias = self.param('proj', proj, (*heads, width)), self.param('proj_bias', self.init.bias(width), (width,))
     proj, proj_bias = scale_output(proj.reshape(width, width), proj_bias, gamma)
     return add_bias(jnp.dot(y, proj.astype(self.dtype)), proj_bias)

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from beitv2_jax.models import chip
-from beitv2_jax.models.functions import sum_rows
+from beitv2_jax.kernels import chip
+from beitv2_jax.kernels.functions import sum_rows
 from beitv2_jax.models.layers import Block, Execution, Init, LayerNorm, Linear, apply_blocks
 from beitv2_jax.models.vit import ViT, drop_path_rates
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from beitv2_jax.models.functions import exact
+from beitv2_jax.kernels.functions import exact
 
 
 def l2norm(x: jax.Array, eps: float = 1e-12) -> jax.Array:

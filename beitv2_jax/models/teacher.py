@@ -18,20 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from beitv2_jax.errors import UserError
-from beitv2_jax.models import attention
+from beitv2_jax.kernels import attention
+from beitv2_jax.models.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalize
+from beitv2_jax.models.initializers import Draw, in_one_draw
 from beitv2_jax.models.layers import patches
 from beitv2_jax.models.vit import resize_pos_embed
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it would warn that torch is missing
 os.environ.setdefault('HF_HUB_VERBOSITY', 'error')  # our own error says what a missing network means
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def normalize(images: jax.Array, mean, std) -> jax.Array:
-  """[..., 3] in [0, 1] → zero mean and unit variance under the given statistics."""
-  return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +64,7 @@ def abstract(kind: str, name: str, grid: tuple[int, int], dtype: Any = jnp.float
     model, params = _untrained()
   else:
     model = new_clip(width=768, depth=12, heads=12, patch_size=16, image_size=224, projection=512, vocab=8, text_length=4)
-    text = jnp.zeros((1, 4), jnp.int32)
-    init = lambda: model.module.init(jax.random.key(0), text, jnp.zeros((1, 224, 224, 3)), jnp.ones_like(text), text)
-    params = jax.eval_shape(init)['params']
+    params = _clip_shapes(model)
   return _clip(model, params, grid, dtype)
 
 
@@ -232,8 +224,31 @@ def _numpy(tree):
 
 def _untrained():
   model = new_clip(width=32, depth=1, heads=2, patch_size=8, image_size=32, projection=24, vocab=8, text_length=4)
-  text, images = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 32, 32, 3))
-  return model, model.module.init(jax.random.key(0), text, images, jnp.ones_like(text), text)['params']
+  return model, jax.jit(lambda key: fresh_clip_params(model, key))(jax.random.key(0))
+
+
+def _clip_shapes(model: Any) -> Any:
+  """Shapes of a FlaxCLIPModel's parameters."""
+  text_config, vision_config = model.config.text_config, model.config.vision_config
+  text = jnp.zeros((1, text_config.max_position_embeddings), jnp.int32)
+  images = jnp.zeros((1, vision_config.image_size, vision_config.image_size, 3))
+  return jax.eval_shape(lambda: model.module.init(jax.random.key(0), text, images, jnp.ones_like(text), text))['params']
+
+
+def fresh_clip_params(model: Any, key: jax.Array) -> Any:
+  """Random parameters of a FlaxCLIPModel, to be jitted. As transformers' own, but for its matrices: they are N(0, 0.01²) at any width
+  there, from which a narrow tower hardly learns, and N(0, 1/fan_in) here."""
+
+  def start(path, x):
+    name = path[-1].key
+    if name == 'kernel':
+      return Draw('normal', (x.size // x.shape[-1]) ** -0.5)(key, x.shape)
+    if name in ('embedding', 'class_embedding'):
+      return Draw('normal', 0.01 if name == 'embedding' else 0.02)(key, x.shape)
+    return jnp.full(x.shape, dict(scale=1.0, bias=0.0, logit_scale=model.config.logit_scale_init_value)[name])
+
+  shapes = _clip_shapes(model)
+  return in_one_draw(lambda _: jax.tree_util.tree_map_with_path(start, shapes), key)
 
 
 def new_clip(*, width, depth, heads, patch_size, image_size, projection, vocab, text_length) -> Any:

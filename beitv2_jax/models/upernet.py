@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.models.functions import gelu
-from beitv2_jax.models.layers import Execution, uniform
+from beitv2_jax.kernels.functions import gelu
+from beitv2_jax.models.initializers import Draw, uniform
+from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.vit import ViT
 
 
@@ -77,7 +78,9 @@ class ConvModule(nn.Module):
 
   @nn.compact
   def __call__(self, x, train: bool):
-    kaiming = nn.with_logical_partitioning(nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'), (None, None, 'embed', None))
+    kaiming = nn.with_logical_partitioning(
+      Draw('normal', (2 / (self.features * self.size**2)) ** 0.5), (None, None, 'embed', None)
+    )  # by fan-out
     x = nn.Conv(self.features, (self.size,) * 2, use_bias=False, dtype=self.dtype, kernel_init=kaiming, name='conv')(x)
     return nn.relu(BatchNorm(self.dtype, name='bn')(x, train))
 
@@ -128,7 +131,7 @@ class Segmenter(nn.Module):
       self.layer_scale, self.drop_path, execution=self.execution, dtype=self.dtype,
     )  # fmt: skip
     conv = lambda features, size: ConvModule(features, size, self.dtype)
-    last = lambda: nn.Conv(self.classes, (1, 1), dtype=self.dtype, kernel_init=nn.initializers.normal(0.01))
+    last = lambda: nn.Conv(self.classes, (1, 1), dtype=self.dtype, kernel_init=Draw('normal', 0.01))
     self.fpn1_up1, self.fpn1_norm, self.fpn1_up2 = Deconv(self.dtype), BatchNorm(self.dtype), Deconv(self.dtype)
     self.fpn2_up = Deconv(self.dtype)
     self.psp = [conv(self.channels, 1) for _ in self.pool_scales]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.models.functions import add_positions
+from beitv2_jax.kernels.functions import add_positions
 from beitv2_jax.models.layers import Block, Execution, Init, PatchEmbed, RelPosBias, apply_blocks
 
 

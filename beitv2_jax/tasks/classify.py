@@ -8,22 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from beitv2_jax import config as config_lib
-from beitv2_jax import handoff
 from beitv2_jax.data import augment
 from beitv2_jax.data.randaugment import RandAugment
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
+from beitv2_jax.models import from_config
 from beitv2_jax.models.classifier import Classifier
-from beitv2_jax.models.layers import Execution
-from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
-from beitv2_jax.tasks import Task, tokenizer
-from beitv2_jax.weights import adapt
-
-
-def build(c: Any) -> Classifier:
-  return Classifier(
-    grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), execution=Execution(**config_lib.layers(c))
-  )
+from beitv2_jax.models.images import imagenet_images
+from beitv2_jax.tasks import Task
+from beitv2_jax.weights import adapt, trees
 
 
 def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
@@ -39,7 +32,7 @@ def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]
   c.model.classes = c.model.classes or 1000
   if (c.mixup or c.cutmix) and c.batch_size // c.accumulate % 2:
     raise UserError(f'mixup and cutmix pair images: batch_size={c.batch_size} in {c.accumulate} parts is odd.')
-  return ClassifyTask(c, build(c)), {}
+  return ClassifyTask(c, from_config.build(c)), {}
 
 
 def adopt_backbone(theirs: Any, variables: Any, grid: tuple[int, int], prefix: str = 'backbone') -> dict:
@@ -78,8 +71,8 @@ def check_sizes(theirs: Any, ours: Any) -> None:
 
 def fresh_where_missing(given: dict, fresh: dict, fresh_parts: tuple[str, ...]) -> dict:
   """`given` parameters with those of `fresh_parts` (first names of paths) taken from `fresh` where they lack."""
-  flat, want = handoff.flatten(given), handoff.flatten(fresh)
-  return handoff.unflatten(flat | {k: v for k, v in want.items() if k not in flat and k.split('/')[0].startswith(fresh_parts)})
+  flat, want = trees.flatten(given), trees.flatten(fresh)
+  return trees.unflatten(flat | {k: v for k, v in want.items() if k not in flat and k.split('/')[0].startswith(fresh_parts)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +81,7 @@ class ClassifyTask(Task):
   model: Classifier
 
   def init(self, key):
-    variables = self.model.init(key, jnp.zeros((1, *config_lib.image_shape(self.config))))
+    variables = from_config.init(self.model, self.config, key)
     return variables | ({'ema': variables['params']} if self.config.ema_decay else {})
 
   def adopt(self, theirs, variables, fresh):
@@ -119,7 +112,7 @@ class ClassifyTask(Task):
   def loss(self, params, model_state, frozen, batch, key):
     c = self.config
     erase, mix, drop = jax.random.split(key, 3)
-    images = normalize(tokenizer.unit_images(batch['image']), IMAGENET_MEAN, IMAGENET_STD)
+    images = imagenet_images(batch['image'])
     images = augment.random_erasing(erase, images, c.random_erasing)
     targets = augment.smooth_targets(batch['label'], c.model.classes, c.label_smoothing)
     images, targets = augment.mix(mix, images, targets, c.mixup, c.cutmix)
@@ -134,7 +127,7 @@ class ClassifyTask(Task):
     return {'ema': jax.tree.map(lambda e, p: d * e + (1 - d) * p, model_state['ema'], params)}, {}
 
   def evaluate(self, params, model_state, frozen, batch):
-    images = normalize(tokenizer.unit_images(batch['image']), IMAGENET_MEAN, IMAGENET_STD)
+    images = imagenet_images(batch['image'])
     out = self._scores(params, images, batch['label'])
     if self.config.ema_decay:
       out |= {f'ema_{k}': v for k, v in self._scores(model_state['ema'], images, batch['label']).items()}

@@ -16,7 +16,8 @@ import optax
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import quantizer, teacher
-from beitv2_jax.tasks import Task, tokenizer
+from beitv2_jax.models.images import CLIP_MEAN, CLIP_STD, normalize, unit_images
+from beitv2_jax.tasks import Task
 
 BOS, EOS = 0, 1
 VOCAB = 4096
@@ -50,17 +51,7 @@ class ClipTask(Task):
   model: Any
 
   def init(self, key):
-    size, length = self.config.data.image_size, self.config.model.text_length
-    text = jnp.zeros((1, length), jnp.int32)
-    positions = jnp.arange(length)[None]
-    variables = self.model.module.init(key, text, jnp.zeros((1, size, size, 3)), jnp.ones_like(text), positions)
-
-    def rescale(path, x):
-      # transformers draws N(0, 0.01²) at any width; a narrow tower hardly learns from that.
-      kernel = path[-1].key == 'kernel'
-      return x / jnp.std(x) * (x.size // x.shape[-1]) ** -0.5 if kernel else x
-
-    return jax.tree_util.tree_map_with_path(rescale, variables)
+    return {'params': teacher.fresh_clip_params(self.model, key)}
 
   def transforms(self, train, source):
     if not source.classes:
@@ -72,7 +63,7 @@ class ClipTask(Task):
     """[B, B] scaled cosines, image against text."""
     text = batch['text']
     positions = jnp.broadcast_to(jnp.arange(text.shape[1]), text.shape)
-    images = teacher.normalize(tokenizer.unit_images(batch['image']), teacher.CLIP_MEAN, teacher.CLIP_STD)
+    images = normalize(unit_images(batch['image']), CLIP_MEAN, CLIP_STD)
     out = self.model.module.apply({'params': params}, text, images, jnp.ones_like(text), positions)
     image, text = quantizer.l2norm(out.image_embeds), quantizer.l2norm(out.text_embeds)
     return jnp.exp(params['logit_scale']) * image @ text.T

@@ -11,16 +11,11 @@ from beitv2_jax.data import augment
 from beitv2_jax.data.masking import BlockMask
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
-from beitv2_jax.models.layers import Execution
+from beitv2_jax.models import from_config
+from beitv2_jax.models.images import imagenet_images, vqkd_images
 from beitv2_jax.models.mim import MIM
-from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import Task, tokenizer
-
-
-def build(c: Any) -> MIM:
-  """The module of a pretraining config; `model.vocab` is the tokenizer's number of codes."""
-  return MIM(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **c.model.to_dict(), execution=Execution(**config_lib.layers(c)))
 
 
 def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
@@ -38,7 +33,7 @@ def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]
   if c.model.head_layers and not 0 < c.model.early_layer < c.model.depth:
     raise UserError(f'model.early_layer={c.model.early_layer} must be a block before the last of {c.model.depth}.')
   c.model.vocab = theirs.model.codes
-  return PretrainTask(c, build(c), vqkd), frozen
+  return PretrainTask(c, from_config.build(c), vqkd), frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +43,7 @@ class PretrainTask(Task):
   tokenizer: VQKD
 
   def init(self, key):
-    return self.model.init(key, jnp.zeros((1, *config_lib.image_shape(self.config))))
+    return from_config.init(self.model, self.config, key)
 
   def transforms(self, train, source):
     m = self.config.mask
@@ -58,10 +53,10 @@ class PretrainTask(Task):
   def _forward(self, params, frozen, batch, **kwargs):
     """Per branch: cross-entropy [B, M] and whether the code was right [B, M]."""
     images = augment.color_jitter(batch['image'], batch['jitter'], batch['jitter_order']) if 'jitter' in batch else batch['image']
-    # Codes may come with the batch, made beforehand or, in aot.py, to look at the student alone.
-    codes = batch['codes'] if 'codes' in batch else self.tokenizer.apply(frozen, tokenizer.vqkd_images(images), method='tokens')
+    # Codes may come with the batch, made beforehand or, in costs/estimate.py, to look at the student alone.
+    codes = batch['codes'] if 'codes' in batch else self.tokenizer.apply(frozen, vqkd_images(images), method='tokens')
     labels = jnp.take_along_axis(codes, batch['mask_index'], 1)
-    images = normalize(tokenizer.unit_images(images), IMAGENET_MEAN, IMAGENET_STD)
+    images = imagenet_images(images)
     losses, hits = self.model.apply({'params': params}, images, index=batch['mask_index'], labels=labels, **kwargs)
     names = [str(i + 1) for i in range(len(losses))]
     return {f'loss_{n}': x for n, x in zip(names, losses)}, {f'mim_acc_{n}': 100 * x for n, x in zip(names, hits)}

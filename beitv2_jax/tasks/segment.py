@@ -11,19 +11,13 @@ import optax
 from beitv2_jax import config as config_lib
 from beitv2_jax.data import scenes
 from beitv2_jax.errors import UserError
-from beitv2_jax.models.layers import Execution
-from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD, normalize
+from beitv2_jax.models import from_config
+from beitv2_jax.models.images import imagenet_images
 from beitv2_jax.models.upernet import Segmenter, resample
-from beitv2_jax.segmentation import scores
-from beitv2_jax.tasks import Task, classify, tokenizer
+from beitv2_jax.tasks import Task, classify
+from beitv2_jax.tasks.scores import segmentation_scores
 
 HEADS = ('fpn', 'psp', 'lateral', 'classifier', 'aux')  # what no other stage has
-
-
-def build(c: Any) -> Segmenter:
-  m = c.model.to_dict()
-  m |= {k: tuple(m[k]) for k in ('out_indices', 'pool_scales') if k in m}  # JSON made them lists
-  return Segmenter(grid=config_lib.patch_grid(c), dtype=jnp.dtype(c.dtype), **m, execution=Execution(**config_lib.layers(c)))
 
 
 def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
@@ -33,7 +27,7 @@ def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]
   if names and len(names) != c.model.classes:
     raise UserError(f'{c.data.source} names {len(names)} classes, model.classes is {c.model.classes}.')
   c.class_names = tuple(names or ())
-  return SegmentTask(c, build(c)), {}
+  return SegmentTask(c, from_config.build(c)), {}
 
 
 def labels_of(c: Any) -> scenes.Labels:
@@ -46,7 +40,7 @@ class SegmentTask(Task):
   model: Segmenter
 
   def init(self, key):
-    return self.model.init(key, jnp.zeros((1, *config_lib.image_shape(self.config))))
+    return from_config.init(self.model, self.config, key)
 
   def adopt(self, theirs, variables, fresh):
     classify.check_sizes(theirs, self.config)
@@ -70,8 +64,7 @@ class SegmentTask(Task):
     ]
 
   def _apply(self, variables, images, **kwargs):
-    images = normalize(tokenizer.unit_images(images), IMAGENET_MEAN, IMAGENET_STD)
-    return self.model.apply(variables, images, **kwargs)
+    return self.model.apply(variables, imagenet_images(images), **kwargs)
 
   def loss(self, params, model_state, frozen, batch, key):
     drop_path, dropout = jax.random.split(key)
@@ -105,4 +98,4 @@ class SegmentTask(Task):
     return dict(confusion=counts[:, :-1].reshape(-1, k, k))
 
   def summarize(self, means):
-    return {f'quick_{k}': v for k, v in scores(np.asarray(means['confusion'])).items() if np.isscalar(v)}
+    return {f'quick_{k}': v for k, v in segmentation_scores(np.asarray(means['confusion'])).items() if np.isscalar(v)}

@@ -3,62 +3,33 @@
 import dataclasses
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax import checkpoint
 from beitv2_jax import config as config_lib
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
-from beitv2_jax.models import quantizer, teacher
-from beitv2_jax.models.layers import Execution
+from beitv2_jax.models import from_config, quantizer, teacher
+from beitv2_jax.models.images import unit_images, vqkd_images
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import Task
-
-
-def vqkd_images(images: jax.Array) -> jax.Array:
-  """uint8 [B, h, w, 3] → [-1, 1], in the order of operations of the official code."""
-  return (unit_images(images) * 255) / 127.5 - 1
-
-
-def unit_images(images: jax.Array) -> jax.Array:
-  """uint8 → float32 in [0, 1]."""
-  return images.astype(jnp.float32) / 255
-
-
-def build(c: Any) -> VQKD:
-  """The module of a tokenizer config (its own, or one read from a workdir)."""
-  m = c.model
-  sizes = {f'{s}_{k}': m[s][k] for s in ('encoder', 'decoder') for k in ('width', 'depth', 'heads')}
-  return VQKD(
-    config_lib.patch_grid(c),
-    m.patch_size,
-    m.codes,
-    m.code_dim,
-    m.teacher_width,
-    **sizes,
-    mlp_ratio=m.mlp_ratio,
-    init_scheme=m.init_scheme,
-    execution=Execution(**config_lib.layers(c)),
-    dtype=jnp.dtype(c.dtype),
-  )
+from beitv2_jax.tasks.scores import code_statistics
+from beitv2_jax.weights import stages
 
 
 def released(dtype: str) -> tuple[VQKD, Any, Any]:
   """(module, abstract variables, config) of the released tokenizer's size, for programs that are compiled without being run."""
   config = config_lib.base('tokenizer').unlock()
   config.update(model=config_lib.tokenizer_model(teacher_width=512), dtype=dtype)
-  module = build(config)
-  return module, nn.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *config_lib.image_shape(config))))), config
+  return from_config.build(config), from_config.abstract_variables(config), config
 
 
 def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
-  how = teacher.abstract if abstract else teacher.load
-  teacher_model, frozen = how(c.teacher.kind, c.teacher.name, config_lib.patch_grid(c), jnp.dtype(c.dtype))
+  open_teacher = teacher.abstract if abstract else teacher.load
+  teacher_model, frozen = open_teacher(c.teacher.kind, c.teacher.name, config_lib.patch_grid(c), jnp.dtype(c.dtype))
   c.model.teacher_width = teacher_model.width  # so that config.json describes the whole model
-  return TokenizerTask(c, build(c), teacher_model), frozen
+  return TokenizerTask(c, from_config.build(c), teacher_model), frozen
 
 
 def load(workdir: str, dtype: str) -> tuple[VQKD, Any, Any]:
@@ -69,21 +40,12 @@ def load(workdir: str, dtype: str) -> tuple[VQKD, Any, Any]:
     config = config_lib.base('tokenizer').unlock()
     config.update(model=config_lib.tiny_tokenizer(), dtype=dtype)
     config.model.teacher_width, config.data.image_size = 8, 32
-    variables = jax.jit(build(config).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    return build(config), jax.tree.map(np.asarray, nn.unbox(variables)), config
-  config, variables, _ = checkpoint.load_variables(workdir, 'the workdir of a trained tokenizer')
+    return from_config.build(config), jax.tree.map(np.asarray, from_config.fresh_variables(config)), config
+  config, variables, _ = stages.load_variables(workdir, 'the workdir of a trained tokenizer')
   if config.task != 'tokenizer':
     raise UserError(f'{workdir} holds a {config.task} stage, not a tokenizer; give the workdir of configs/vqkd_*.py.')
   config.dtype, config.layers.attention = dtype, 'auto'
-  return build(config), variables, config
-
-
-def code_statistics(counts: Any) -> dict[str, Any]:
-  """Tokens per code [K] → `codes_used` (share of codes with a token, in %) and `perplexity` (exp of the entropy)."""
-  xp = jnp if isinstance(counts, jax.Array) else np
-  p = counts / xp.maximum(counts.sum(), 1e-9)
-  entropy = -(p * xp.log(xp.maximum(p, 1e-30))).sum()
-  return dict(codes_used=100 * (counts > 0).mean(), perplexity=xp.exp(entropy))
+  return from_config.build(config), variables, config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +55,7 @@ class TokenizerTask(Task):
   teacher: teacher.Teacher
 
   def init(self, key):
-    return self.model.init(key, jnp.zeros((1, *config_lib.image_shape(self.config))))
+    return from_config.init(self.model, self.config, key)
 
   def transforms(self, train, source):
     return image_transforms(self.config.data, train)
@@ -137,7 +99,7 @@ class TokenizerTask(Task):
 
   def evaluate(self, params, model_state, frozen, batch):
     out, distance = self._forward({'params': params, **model_state}, frozen, batch['image'])
-    histogram = nn.one_hot(out['codes'], self.config.model.codes).sum(1)
+    histogram = jax.nn.one_hot(out['codes'], self.config.model.codes).sum(1)
     return dict(rec_loss=distance.mean(-1), histogram=histogram)
 
   def summarize(self, means):

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import RectBivariateSpline
 
-from beitv2_jax import handoff
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.layers import table_size
 from beitv2_jax.models.vit import cubic_weights
+from beitv2_jax.weights import trees
 
 Grid = tuple[int, int]
 
@@ -53,10 +53,8 @@ def resize_positions(table: np.ndarray, source: Grid, target: Grid) -> np.ndarra
 def fit_grid(params: dict[str, Any], source: Grid, target: Grid) -> dict[str, Any]:
   """All position tables of a model, relative and absolute, for another patch grid."""
   resize = {'table': resize_table, 'pos_embed': resize_positions}
-  flat = handoff.flatten(params)
-  return handoff.unflatten(
-    {k: resize[n](np.asarray(v), source, target) if (n := k.split('/')[-1]) in resize else v for k, v in flat.items()}
-  )
+  flat = trees.flatten(params)
+  return trees.unflatten({k: resize[n](np.asarray(v), source, target) if (n := k.split('/')[-1]) in resize else v for k, v in flat.items()})
 
 
 def pretrain_to_classifier(params: dict[str, Any], source: Grid, target: Grid) -> dict[str, Any]:

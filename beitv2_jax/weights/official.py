@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from beitv2_jax import handoff
 from beitv2_jax.errors import UserError
+from beitv2_jax.weights import trees
 
 Array = np.ndarray
 
@@ -195,13 +195,13 @@ def to_ours(kind: str, state: dict[str, Array], heads: dict[str, int]) -> dict[s
     raise UserError(
       f'{len(homeless)} keys have no place in a {kind} model: {", ".join(sorted(homeless)[:6])}. Is it another kind, or another model?'
     )
-  return handoff.unflatten(flat)
+  return trees.unflatten(flat)
 
 
 def from_ours(kind: str, variables: dict[str, Any]) -> dict[str, Array]:
   """Our variables → official keys and layouts; the inverse of `to_ours`."""
   rules, out = _rules(kind, reverse=True), {}
-  for path, value in handoff.flatten(variables).items():
+  for path, value in trees.flatten(variables).items():
     found = _find(rules, path)
     if not found:
       raise UserError(f'{path} has no official name; is this a {kind} model?')

@@ -1,0 +1,100 @@
+"""The words that all commands share, and how each of them starts and fails."""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from beitv2_jax.errors import SaveError, UserError
+
+MODEL = 'a workdir, or a directory made by `convert import`'
+SOURCE = 'folder:PATH, list:FILE, parquet:PATH, tfds:NAME ...: docs/data.md'
+
+
+def parser(name: str, text: str | None) -> argparse.ArgumentParser:
+  """The parser of one command. `text`, its module's docstring, holds the explanation and an example."""
+  return argparse.ArgumentParser(
+    prog=f'python -m beitv2_jax {name}',
+    description=text,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+
+
+def add_from(parser: Any, what: str = MODEL) -> None:
+  parser.add_argument('--from', dest='source', metavar='DIR', required=True, help=what)
+
+
+def add_data(parser: Any, what: str = f'images: {SOURCE}', **more: Any) -> None:
+  parser.add_argument('--data', metavar='SOURCE', help=what, **more)
+  parser.add_argument('--data-dir', default='', metavar='DIR', help='where tfds keeps prepared data sets')
+
+
+def add_images(parser: Any) -> None:
+  parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files, or folders of them')
+
+
+def add_out(parser: Any, what: str, default: Path | None = None) -> None:
+  parser.add_argument('--out', type=Path, default=default, metavar='PATH', help=what + (f' ({default})' if default else ''))
+
+
+def add_json(parser: Any) -> None:
+  parser.add_argument('--json', type=Path, metavar='FILE', help='write the result there, as JSON')
+
+
+def add_batch(parser: Any, default: int) -> None:
+  parser.add_argument('--batch', type=at_least(1), default=default, metavar='N', help=f'images at a time, over all devices ({default})')
+
+
+def at_least(least: int) -> Callable[[str], int]:
+  """An argparse type: a whole number that is not below `least`."""
+
+  def number(text: str) -> int:
+    try:
+      value = int(text)
+    except ValueError:
+      value = least - 1
+    if value < least:
+      raise argparse.ArgumentTypeError(f'{text}: a whole number, at least {least}')
+    return value
+
+  return number
+
+
+def write_json(path: Path | None, result: Any) -> None:
+  """Where --json says, if it does."""
+  if path:
+    path.expanduser().parent.mkdir(parents=True, exist_ok=True)
+    path.expanduser().write_text(json.dumps(result, indent=2) + '\n')
+
+
+def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
+  """For the `main` of a command. Bad input, or a path that cannot be read or written, is one line on stderr and exit code 2; work that
+  failed 1; Ctrl-C 130."""
+
+  @functools.wraps(main)
+  def wrapped(argv: list[str] | None = None) -> int:
+    try:
+      return main(argv) or 0
+    except BrokenPipeError:  # as into `head`
+      sys.stderr.close()
+      return 0
+    except (UserError, OSError) as e:
+      return _failed(e, 2)
+    except (FloatingPointError, SaveError) as e:
+      return _failed(e, 1)
+    except KeyboardInterrupt:
+      print('stopped.', file=sys.stderr)
+      return 130
+    except SystemExit as e:  # argparse has said why
+      return e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+
+  return wrapped
+
+
+def _failed(error: Exception, code: int) -> int:
+  print(f'error: {" ".join(str(error).splitlines())}', file=sys.stderr)
+  return code

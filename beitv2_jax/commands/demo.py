@@ -1,0 +1,76 @@
+"""The whole chain at toy size: a small CLIP, VQ-KD, BEiT v2, then a table, pictures and curves in --out.
+
+  python -m beitv2_jax demo
+  python -m beitv2_jax demo --data folder:PATH --out runs/mine
+
+Needs scikit-learn and matplotlib: pip install 'beitv2_jax[demo]'. Every stage is one `python -m beitv2_jax.main`, which is printed before
+it runs. Without --data the images are scikit-learn's handwritten digits; of your own, give one folder a class.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from beitv2_jax.commands import arguments
+from beitv2_jax.errors import UserError
+
+STEPS = dict(teacher=450, vqkd=600, pretrain=3000)
+
+
+class StageFailed(Exception):
+  """A stage ended with this exit code; it has said why."""
+
+  def __init__(self, code: int):
+    self.code = code
+
+
+def train(args: argparse.Namespace, stage: str, folder: Path, steps: int | None = None, **settings) -> None:
+  """Runs one stage in a process of its own. Raises StageFailed."""
+  steps = max(1, round(STEPS[stage] * args.steps)) if steps is None else steps
+  settings = {'data.source': args.data, 'steps': steps} | {k.replace('__', '.'): v for k, v in settings.items()}
+  command = [sys.executable, '-m', 'beitv2_jax.main', f'--config=configs/demo.py:stage={stage}', f'--workdir={folder}']
+  command += [f'--config.{k}={v}' for k, v in settings.items()]
+  print('\n$ python ' + ' '.join(command[1:]), flush=True)
+  code = subprocess.run(command).returncode
+  if code:
+    raise StageFailed(code if code > 0 else 128 - code)
+
+
+def chain(args: argparse.Namespace, prefix: str = '', teacher_steps: int | None = None) -> None:
+  folder = lambda stage: args.out / f'{prefix}{stage}'
+  train(args, 'teacher', folder('teacher'), teacher_steps)
+  train(args, 'vqkd', folder('vqkd'), teacher__name=folder('teacher') / 'hf')
+  train(args, 'pretrain', folder('pretrained'), tokenizer_from=folder('vqkd'))
+
+
+@arguments.command
+def main(argv: list[str] | None = None) -> int:
+  parser = arguments.parser('demo', __doc__)
+  arguments.add_data(parser, 'images: digits (the default), or folder:PATH with one folder a class', default='digits')
+  arguments.add_out(parser, 'where everything goes', Path('runs/demo'))
+  parser.add_argument('--full', action='store_true', help='also the control: the same chain from an untrained teacher')
+  parser.add_argument('--steps', type=float, default=1.0, help='share of the usual training steps, for a quick look')
+  args = parser.parse_args(argv)
+  began = time.time()
+  try:
+    import matplotlib  # noqa: F401
+    import sklearn  # noqa: F401
+  except ImportError as e:
+    raise UserError(f"the demo needs {e.name}: pip install 'beitv2_jax[demo]'.") from e
+  from beitv2_jax.data import sources
+  from beitv2_jax.training import process
+
+  sources.make(args.data, 'train')  # a wrong path shows here, not after a stage
+  try:
+    chain(args)
+    if args.full:
+      chain(args, 'random_', teacher_steps=0)
+  except StageFailed as e:
+    return e.code
+  process.use_compilation_cache()
+  from beitv2_jax.pictures import demo_report
+
+  demo_report.report(args.out, began, args.full)
+  return 0

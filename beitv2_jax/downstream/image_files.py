@@ -1,0 +1,46 @@
+"""Image files and folders that a command was given, found and prepared for a model."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from beitv2_jax.data import transforms
+from beitv2_jax.data.listing import EXTENSIONS, images_under
+from beitv2_jax.errors import UserError
+from beitv2_jax.progress import bar
+
+
+def find_images(paths: list[str]) -> list[Path]:
+  """The files named, and all images in the folders named, in order. Raises UserError for what does not exist or is empty."""
+  out = []
+  for path in map(Path, paths):
+    if path.is_dir():
+      found = [path / name for name in images_under(path)]
+      if not found:
+        raise UserError(f'no images under {path}: looked for {" ".join(sorted(EXTENSIONS))}.')
+      out += found
+    elif path.is_file():
+      out.append(path)
+    else:
+      raise UserError(f'no file or folder {path}.')
+  return out
+
+
+def prepared(paths: list[Path], size: int, batch: int, crop_pct: float = 0.875) -> Iterator[tuple[list[Path], np.ndarray]]:
+  """(paths, uint8 [b, size, size, 3]) in batches; a file that does not decode is named on stderr and left out."""
+  crop, names, images = transforms.CenterCrop(size, crop_pct), [], []
+  for path in bar(paths, 'images'):
+    try:
+      image = transforms.decode(path.read_bytes())
+    except transforms.UNDECODABLE as e:
+      print(f'warning: {path} does not decode ({type(e).__name__}); left out.', file=sys.stderr)
+      continue
+    images.append(crop(dict(image=image), None)['image'])
+    names.append(path)
+    if len(images) == batch:
+      yield names, np.stack(images)
+      names, images = [], []
+  if images:
+    yield names, np.stack(images)

@@ -1,0 +1,62 @@
+"""The Flax module that a config describes, and its variables: the one way from config.json to a model."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from beitv2_jax import config as config_lib
+from beitv2_jax.errors import UserError
+from beitv2_jax.models.classifier import Classifier
+from beitv2_jax.models.initializers import in_one_draw
+from beitv2_jax.models.layers import Execution
+from beitv2_jax.models.mim import MIM
+from beitv2_jax.models.upernet import Segmenter
+from beitv2_jax.models.vqkd import VQKD
+
+
+def _tokenizer(model: Any, **common: Any) -> VQKD:
+  sizes = {f'{side}_{k}': model[side][k] for side in ('encoder', 'decoder') for k in ('width', 'depth', 'heads')}
+  names = ('patch_size', 'codes', 'code_dim', 'teacher_width', 'mlp_ratio', 'init_scheme')
+  return VQKD(**{k: model[k] for k in names}, **sizes, **common)
+
+
+def _segmenter(model: Any, **common: Any) -> Segmenter:
+  fields = model.to_dict()
+  fields |= {k: tuple(fields[k]) for k in ('out_indices', 'pool_scales') if k in fields}  # JSON made them lists
+  return Segmenter(**fields, **common)
+
+
+BUILDERS = {
+  'tokenizer': _tokenizer,
+  'pretrain': lambda model, **common: MIM(**model.to_dict(), **common),
+  'classifier': lambda model, **common: Classifier(**model.to_dict(), **common),
+  'segmenter': _segmenter,
+}
+
+
+def build(config: Any) -> nn.Module:
+  """The module of a stage's config. Raises UserError for stages that leave no such model."""
+  if config.task not in BUILDERS:
+    raise UserError(f'a {config.task} stage has no model to load here; use the workdir of one of {", ".join(BUILDERS)}.')
+  execution = Execution(**config_lib.layers(config))
+  return BUILDERS[config.task](config.model, grid=config_lib.patch_grid(config), dtype=jnp.dtype(config.dtype), execution=execution)
+
+
+def init(module: nn.Module, config: Any, key: jax.Array) -> Any:
+  """Fresh variables, in Flax's boxes with logical axis names: {'params': ..., other collections}. To be jitted."""
+  images = jnp.zeros((1, *config_lib.image_shape(config)))
+  return in_one_draw(lambda key: module.init(key, images), key)
+
+
+def fresh_variables(config: Any, seed: int = 0) -> Any:
+  """Fresh variables of a config's model on the default device, without boxes."""
+  module = build(config)
+  return jax.jit(lambda key: nn.unbox(init(module, config, key)))(jax.random.key(seed))
+
+
+def abstract_variables(config: Any) -> Any:
+  """Shapes and types of a config's variables, without boxes."""
+  module = build(config)
+  return jax.eval_shape(lambda: nn.unbox(init(module, config, jax.random.key(0))))

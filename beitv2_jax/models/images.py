@@ -1,0 +1,27 @@
+"""What a network sees of an image: uint8 pixels become floats, on the device, in the way each model was made for."""
+
+import jax
+import jax.numpy as jnp
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def unit_images(images: jax.Array) -> jax.Array:
+  """uint8 → float32 in [0, 1]."""
+  return images.astype(jnp.float32) / 255
+
+
+def vqkd_images(images: jax.Array) -> jax.Array:
+  """uint8 [B, h, w, 3] → [-1, 1], in the order of operations of the official tokenizer."""
+  return (unit_images(images) * 255) / 127.5 - 1
+
+
+def normalize(images: jax.Array, mean, std) -> jax.Array:
+  """[..., 3] in [0, 1] → zero mean and unit variance under the given statistics."""
+  return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+
+
+def imagenet_images(images: jax.Array) -> jax.Array:
+  """uint8 [B, h, w, 3] → normalised by ImageNet's statistics: what every model but the tokenizer takes."""
+  return normalize(unit_images(images), IMAGENET_MEAN, IMAGENET_STD)

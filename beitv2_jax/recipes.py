@@ -1,0 +1,74 @@
+"""Recipes by name: a file of the user's own, or one of those that are shipped (configs/, installed as beitv2_jax.configs)."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from beitv2_jax.errors import UserError
+
+
+def shipped() -> Path:
+  """The folder of the recipes that come with the package."""
+  from beitv2_jax import configs
+
+  return Path(next(iter(configs.__path__)))
+
+
+def resolve(argument: str) -> str:
+  """'configs/vqkd_b16.py:smoke' with the path of a file: beside the user if there is one of that name, or else the shipped one."""
+  path, colon, recipe_arguments = argument.partition(':')
+  given = Path(path)
+  if given.is_file():
+    return argument
+  ours = shipped() / given.name
+  if given.suffix == '.py' and given.parent.name in ('', 'configs') and not given.is_absolute() and ours.is_file():
+    return f'{ours}{colon}{recipe_arguments}'
+  names = ', '.join(sorted(f'configs/{p.name}' for p in shipped().glob('*.py') if p.stem != '__init__'))
+  raise UserError(f'no config file {path}, here or among the shipped recipes: {names}.')
+
+
+def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+  """absl's parser with one-line errors: config files and recipe arguments fail in many ways. Returns what is left of `argv`."""
+  prefix = re.compile(r'--?config=')
+  argv = list(argv)
+  for i, argument in enumerate(argv):
+    if found := prefix.match(argument):
+      argv[i] = f'--config={resolve(argument[found.end() :])}'
+    elif argument in ('--config', '-config') and i + 1 < len(argv):
+      argv[i + 1] = resolve(argv[i + 1])
+  try:
+    return flag_values(argv)
+  except Exception as e:  # absl, ml_collections, and whatever the recipe itself raises
+    raise _in_one_line(e, argv) from e
+
+
+def _in_one_line(error: Exception, argv: list[str]) -> UserError:
+  named = re.search(r'UserError: (.*)', str(error))  # raised in a recipe, wrapped by absl
+  if isinstance(error, UserError) or named:
+    return UserError(named[1] if named else str(error))
+  key = str(error).strip('"\'')
+  guilty = next((a for a in argv if isinstance(error, (AttributeError, KeyError)) and key and key in a), None)
+  if guilty:
+    return UserError(f'unknown config key in {guilty}; the keys are in beitv2_jax/config.py and the recipe.')
+  kind = '' if isinstance(error, (flags.Error, ValueError, TypeError)) else f'{type(error).__name__}: '
+  return UserError(kind + (str(error).splitlines() or ['the config could not be read'])[0])
+
+
+def from_arguments(arguments: list[str]) -> Any:
+  """The config of `--config=FILE[:ARGUMENTS] --config.KEY=VALUE ...`, as `python -m beitv2_jax.main` reads it."""
+  flag_values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file('config', None, lock_config=True, flag_values=flag_values)
+  left = parse(['', *arguments], flag_values)[1:]
+  if left:
+    raise UserError(f'unknown argument {left[0]}; --help lists those there are.')
+  return given(holder.value)
+
+
+def given(config: Any) -> Any:
+  """`config`, or UserError if there is none."""
+  if config is None:
+    raise UserError('give --config=FILE, such as --config=configs/vqkd_b16.py; the shipped recipes are found from anywhere.')
+  return config

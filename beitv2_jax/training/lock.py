@@ -1,0 +1,133 @@
+"""One run at a time in a workdir.
+
+Two runs that write the same checkpoints destroy both. The first one leaves `run.lock` with its host and process, and touches it
+every few seconds. A killed run leaves the file behind: a dead process of this machine is seen at once, one of another machine
+because nobody touches the file. Clocks of different machines are never compared.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from beitv2_jax.errors import UserError
+
+BEAT = 10.0  # seconds between two touches
+STALE = 45.0  # seconds without one after which the run is taken for dead
+
+
+def _machine() -> str:
+  """This machine and its process numbers: containers of one host may share the name, not the numbers."""
+  parts = [socket.gethostname()]
+  with contextlib.suppress(OSError):
+    parts += [Path('/proc/sys/kernel/random/boot_id').read_text().strip(), os.readlink('/proc/self/ns/pid')]
+  return ' '.join(parts)
+
+
+def _birth(pid: int) -> str:
+  """When a process of this machine started, in the kernel's ticks; '' where that is not to be had."""
+  try:
+    return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
+  except (OSError, IndexError):
+    return ''
+
+
+def _alive(owner: dict[str, Any]) -> bool:
+  try:
+    os.kill(owner['pid'], 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    pass
+  return _birth(owner['pid']) == owner['birth']  # the number may belong to a new process by now
+
+
+class Lock:
+  """`with Lock(workdir):` holds the workdir for this run, all of whose processes must enter it.
+
+  Raises UserError, in all of them, if another run holds it; its message names that run.
+  """
+
+  def __init__(self, workdir: Path, beat: float = BEAT, stale: float = STALE):
+    self.path, self.beat, self.stale = workdir / 'run.lock', beat, stale
+    now = time.strftime('%Y-%m-%d %H:%M:%S %Z')
+    self.ours = dict(host=socket.gethostname(), machine=_machine(), pid=os.getpid(), birth=_birth(os.getpid()), since=now)
+    self.stop = threading.Event()
+    self.thread = threading.Thread(target=self._touch, daemon=True)
+
+  def __enter__(self) -> 'Lock':
+    refused: UserError | None = None
+    if jax.process_index() == 0:
+      try:
+        self._acquire()
+      except UserError as e:
+        refused = e
+    if jax.process_count() > 1 and bool(multihost_utils.broadcast_one_to_all(np.array(refused is not None))):
+      refused = refused or UserError('process 0 of this run says why it may not train in this workdir.')
+    if refused:
+      raise refused
+    if jax.process_index() == 0:
+      self.thread.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.stop.set()
+    if self.thread.is_alive():
+      self.thread.join()
+    if jax.process_index() == 0 and self._owner() == self.ours:
+      self.path.unlink(missing_ok=True)
+
+  def _acquire(self) -> None:
+    for _ in range(3):
+      try:
+        with self.path.open('x') as file:  # atomic, on shared file systems too
+          json.dump(self.ours, file)
+        return
+      except FileExistsError:
+        self._take_over()
+      except OSError as e:
+        raise UserError(f'cannot write {self.path}: {e.strerror}.') from e
+    raise UserError(f'other runs are starting in {self.path.parent} at this moment; give each its own --workdir.')
+
+  def _take_over(self) -> None:
+    """Removes the lock of a run that is dead; raises UserError if it lives."""
+    owner = self._owner()
+    here = owner.get('machine') == self.ours['machine']
+    if here and _alive(owner) or not here and not self._silent():
+      who = f'host {owner["host"]}, process {owner["pid"]}, since {owner["since"]}' if owner else 'another run, which is just starting'
+      raise UserError(f'{self.path.parent} is in use by a run ({who}). Stop that one first, or give another --workdir.')
+    with contextlib.suppress(FileNotFoundError):
+      if self._owner() == owner:
+        self.path.unlink()
+
+  def _owner(self) -> dict[str, Any]:
+    """What the lock says; {} if there is none, or it is not written yet."""
+    try:
+      return json.loads(self.path.read_text())
+    except (OSError, ValueError):
+      return {}
+
+  def _silent(self) -> bool:
+    """Waits until somebody touches the lock (False) or nobody has for long enough (True)."""
+    stamp = lambda: self.path.stat().st_mtime_ns if self.path.exists() else 0
+    first, until = stamp(), time.monotonic() + self.stale
+    print(f'{self.path} is there: waiting up to {self.stale:.0f} s to see whether its run is alive.', file=sys.stderr)
+    while time.monotonic() < until:
+      time.sleep(min(self.beat, self.stale) / 10)
+      if stamp() != first:
+        return False
+    return True
+
+  def _touch(self) -> None:
+    while not self.stop.wait(self.beat):
+      with contextlib.suppress(OSError):
+        os.utime(self.path)

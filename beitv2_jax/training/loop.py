@@ -1,0 +1,280 @@
+"""The only training loop: prepare, begin or go on, loop, finish. What is trained is a task's business (tasks/).
+
+The order inside the loop is what keeps a run safe: dispatch a step, report the one before it, evaluate and save the state that
+was reached, and only then pull the next batch. A state whose loss was not finite is never saved.
+"""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from beitv2_jax import config as config_lib
+from beitv2_jax import tasks
+from beitv2_jax.data import pipeline, sources
+from beitv2_jax.errors import UserError
+from beitv2_jax.kernels import attention, chip, functions
+from beitv2_jax.training import evaluate, optim, sharding
+from beitv2_jax.training.checkpoint import Checkpoints
+from beitv2_jax.training.interruptions import Interrupted, Signals
+from beitv2_jax.training.lock import Lock
+from beitv2_jax.training.metrics import Metrics
+from beitv2_jax.training.profile import Profile
+from beitv2_jax.training.train_state import StateLayout, TrainState, state_layout
+from beitv2_jax.training.train_step import make_train_step
+from beitv2_jax.weights import stages, trees
+
+
+def run(config: Any, workdir: str | Path) -> dict[str, float]:
+  """Trains `config` in `workdir`, going on from its newest checkpoint. Returns the last evaluation.
+
+  Raises: UserError (bad input, or a workdir in use), Interrupted (a signal; the state is saved), FloatingPointError (the loss is not
+  finite), SaveError.
+  """
+  workdir = Path(workdir).expanduser().absolute()
+  setup = prepare(config, workdir)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f'cannot make the workdir {workdir}: {e.strerror}.') from e
+  with Lock(workdir):
+    training = begin(setup)
+    try:
+      with training.signals, jax.set_mesh(setup.mesh):
+        training.loop()
+        return training.finish()
+    except Interrupted:
+      training.metrics.say(f'stopped at step {training.step} and saved; the same command goes on from there.')
+      raise
+    finally:
+      training.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a run is made of and does not change."""
+
+  config: Any
+  workdir: Path
+  task: tasks.Task
+  frozen: Any  # weights that are used and not trained, as numpy arrays
+  sources: dict[str, Any]  # of 'train' and 'eval'
+  transforms: dict[str, Any]
+  steps: int
+  mesh: Any
+  optimizer: Any
+  schedule: Callable
+  layout: StateLayout
+  init_key: jax.Array
+  warm_start_key: jax.Array
+  step_key: jax.Array
+
+
+def planned_steps(config: Any, images: int) -> tuple[int, int]:
+  """(total, warmup) steps of a config for a data set of `images`."""
+  per_epoch = max(images // config.batch_size, 1)
+  steps = config.steps if config.steps >= 0 else round(config.epochs * per_epoch)
+  optim_config = config.optim
+  return steps, optim_config.warmup_steps if optim_config.warmup_steps >= 0 else round(optim_config.warmup_epochs * per_epoch)
+
+
+def prepare(config: Any, workdir: Path) -> Setup:
+  """Opens data, task and mesh, and plans where the state will lie. Writes nothing. Raises UserError for bad input."""
+  config_lib.check(config)
+  opened = {split: sources.make(config.data.source, split, config.data.dir, config.data.holdout) for split in ('train', 'eval')}
+  task, frozen = tasks.make(config, source=opened['train'])
+  transforms = {split: task.transforms(split == 'train', opened[split]) for split in opened}
+  steps, warmup = planned_steps(config, len(opened['train']))
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+  optimizer, schedule = optim.make(config.optim, steps, warmup)
+  # Made on the mesh: a key on one device would have to move to the others in every step.
+  make_keys = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed), 3)), out_shardings=sharding.replicated(mesh))
+  layout = state_layout(task, optimizer, mesh, config.mesh)
+  return Setup(config, workdir, task, frozen, opened, transforms, steps, mesh, optimizer, schedule, layout, *make_keys())
+
+
+def begin(setup: Setup) -> 'Training':
+  """The state of the newest checkpoint, or a new one, on the devices; metrics and batches from there on."""
+  config, workdir = setup.config, setup.workdir
+  checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
+  start, changes = checkpoints.latest() or 0, []
+  if start:
+    state = TrainState.join(*checkpoints.restore(start, *setup.layout.targets().split()))
+    changes = config_lib.changes(config_lib.load(workdir), config)
+  else:
+    state = setup.layout.init(setup.init_key)
+    if config.init_from:
+      state = start_from(config.init_from, setup.task, state, setup.layout.shardings)
+  metrics = Metrics(workdir, start, setup.steps, workdir.name)
+  describe(setup, metrics, start, changes)
+  check_kernels(config, metrics)
+  return Training(setup, state, start, checkpoints, metrics)
+
+
+def start_from(where: str, task: tasks.Task, state: TrainState, shardings: TrainState) -> TrainState:
+  """A fresh `state` with the weights of the stage in `where`, placed like its own. Raises UserError if they do not fit."""
+  config, variables, _ = stages.load_variables(where, 'a workdir, or a directory made by `python -m beitv2_jax convert`')
+  fresh, optimizer = state.split()
+  fresh = jax.jit(lambda x: x, out_shardings=state.step.sharding)(fresh)  # on every device: what the other stage lacks is taken from it
+  variables = task.adopt(config, variables, fresh)
+  trees.check_same(variables, fresh, f'init_from={where}', 'the model of this config', 'Give this stage the same sizes.')
+  return TrainState.join(sharding.put(variables, shardings.split()[0]), optimizer)
+
+
+def describe(setup: Setup, metrics: Metrics, start: int, changes: list[str]) -> None:
+  """Leaves config.json and parameters.txt in the workdir, and says in the terminal what is about to happen."""
+  config, workdir, params = setup.config, setup.workdir, setup.layout.abstract.params
+  if jax.process_index() == 0:
+    config_lib.save(config, workdir)
+    (workdir / 'parameters.txt').write_text(parameter_overview.get_parameter_overview(params, include_stats=False) + '\n')
+  count, platform = int(parameter_overview.count_parameters(params)), jax.devices()[0].platform
+  metrics.say(f'{workdir.name}: {count:,} parameters, {setup.steps} steps of {config.batch_size} on {setup.mesh.size} {platform} devices')
+  if start:
+    metrics.say(f'going on from step {start}')
+  elif config.init_from:
+    metrics.say(f'starting from the weights in {config.init_from}')
+  for change in changes:
+    metrics.say(f'warning: the run began with another config; {change}')
+
+
+def check_kernels(config: Any, metrics: Metrics) -> None:
+  """Holds our kernels for this chip to plain XLA, and says which are left alone."""
+  attention.check(config_lib.head_dims(config))
+  functions.check()
+  chip.agree()
+  for kernel, why in chip.refused.items():
+    metrics.say(f'warning: our {kernel} does not work on this chip ({why}); taking plain XLA, which is slower, unless the config insists.')
+
+
+class Training:
+  """A run under way: its state, the batches to come, and what is still to be reported."""
+
+  def __init__(self, setup: Setup, state: TrainState, start: int, checkpoints: Checkpoints, metrics: Metrics):
+    config, mesh, layout = setup.config, setup.mesh, setup.layout
+    self.setup, self.state, self.start, self.step = setup, state, start, start
+    self.checkpoints, self.metrics = checkpoints, metrics
+    self.frozen = sharding.put_replicated(setup.frozen, mesh)
+    self.signals = Signals()
+    self.profile = Profile(setup.workdir / 'profile', config.profile_steps if jax.process_index() == 0 else 0)
+    self.batches = pipeline.train_batches(
+      setup.sources['train'], setup.transforms['train'], batch=config.batch_size, start=start, workers=config.data.workers, **self._share()
+    )
+    train_step = make_train_step(setup.task, setup.optimizer, setup.schedule, config.accumulate, layout)
+    self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout.shardings, sharding.replicated(mesh)))
+    self.eval_step = evaluate.make_eval_step(setup.task, mesh)
+    self.gather = jax.jit(lambda variables: variables, out_shardings=layout.gathered)
+    self.pending: tuple | None = None  # (step, metrics, seconds waited for input) of the newest step, not looked at yet
+    self.found_idle: list[bool] = []  # for each step since the last report: was the device done with the one before?
+    self.waited = 0.0  # seconds that the last batch took
+    self.warned = False
+
+  def _share(self) -> dict[str, Any]:
+    """This process's part of the data."""
+    config = self.setup.config
+    return dict(seed=config.seed, process=jax.process_index(), processes=jax.process_count(), max_bad=config.data.max_bad)
+
+  def loop(self) -> None:
+    config, steps = self.setup.config, self.setup.steps
+    batch = self.first_batch() if self.step < steps else None
+    while self.step < steps:
+      self.dispatch(batch)
+      stop = self.signals.received or self.checkpoints.manager.reached_preemption(self.step)
+      save = self.step % config.checkpoint.every == 0 or self.step == steps or stop
+      evaluation = self.step < steps and config.eval_every and self.step % config.eval_every == 0
+      if save or evaluation:
+        self.report()  # never save a state whose loss was not finite
+      if evaluation:
+        self.metrics.write(self.step, 'eval', self.evaluate())
+      if save:
+        self.checkpoints.save(self.step, *self.state.split())
+      if stop:
+        self.checkpoints.wait()
+        raise Interrupted(128 + (self.signals.received or signal.SIGTERM))
+      if self.step < steps:
+        batch = self.pull()
+
+  def finish(self) -> dict[str, float]:
+    """Everything on disk, the last evaluation, and what the task leaves behind."""
+    if not self.start and not self.setup.steps:
+      self.checkpoints.save(0, *self.state.split())
+    self.checkpoints.wait()
+    variables = self.gather(self.state.split()[0])
+    results = self.evaluate(variables)
+    self.metrics.write(self.step, 'eval', results)
+    if jax.process_index() == 0:
+      self.setup.task.finish(variables['params'], self.setup.workdir)
+    return results
+
+  def first_batch(self) -> dict[str, jax.Array]:
+    batch, setup = self.pull(), self.setup
+    if self.step == 0 and not setup.config.init_from:
+      warm_start = jax.jit(setup.task.warm_start, out_shardings=setup.layout.shardings.model_state)
+      params = self.gather(self.state.split()[0])['params']
+      self.state = self.state._replace(
+        model_state=warm_start(params, self.state.model_state, self.frozen, batch, setup.warm_start_key)
+      )  # fmt: skip
+    return batch
+
+  def pull(self) -> dict[str, jax.Array]:
+    """The next batch, on the devices."""
+    began = time.monotonic()
+    batch = sharding.put_batch(next(self.batches), self.setup.mesh)
+    self.waited = time.monotonic() - began
+    return batch
+
+  def dispatch(self, batch: Any) -> None:
+    """Sends a step to the devices, then reports the one before, which is done by now or soon."""
+    self.found_idle.append(self.pending is not None and self.pending[1]['loss'].is_ready())
+    with jax.transfer_guard('disallow'):
+      self.state, values = self.train_step(self.state, self.frozen, batch, self.setup.step_key)
+    self.step += 1
+    self.profile.step(values)
+    self.report()
+    self.pending = (self.step, values, self.waited)
+
+  def report(self) -> None:
+    """Checks and logs the pending step's metrics. A step late, so that the device never waits for it."""
+    if self.pending is None:
+      return
+    (step, values, waited), self.pending = self.pending, None
+    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    if not (np.isfinite(values['loss']) and np.isfinite(values['grad_norm'])):
+      self.checkpoints.wait()
+      raise FloatingPointError(
+        f'the loss or its gradient is not finite at step {step} (loss {values["loss"]}, gradient norm {values["grad_norm"]}). The last good '
+        f'checkpoint is step {self.checkpoints.latest()}. Try a lower optim.lr, a longer warmup, optim.clip_norm, or dtype=float32, and look at '
+        'the images near that step.'
+      )
+    self.metrics.progress(step, values['loss'])
+    if step % self.setup.config.log_every == 0 or step == self.setup.steps:
+      self._log(step, values, waited)
+
+  def _log(self, step: int, values: dict[str, float], waited: float) -> None:
+    rate, idle = self.metrics.rate(step), 100 * float(np.mean(self.found_idle or [False]))
+    self.found_idle.clear()
+    images = rate * self.setup.config.batch_size
+    speed = dict(steps_per_second=rate, images_per_second=images, input_wait=waited, device_waited=idle, bad_images=self.batches.bad)
+    self.metrics.write(step, 'train', values | speed)
+    warning = self.setup.task.warning(step, values)
+    if warning and not self.warned:
+      self.warned = True
+      self.metrics.say(f'warning at step {step}: {warning}')
+
+  def evaluate(self, variables: Any = None) -> dict[str, float]:
+    """The task's figures over the whole evaluation set. All processes must call it."""
+    setup = self.setup
+    variables = self.gather(self.state.split()[0]) if variables is None else variables
+    batch = setup.config.eval_batch_size or setup.config.batch_size
+    rows = pipeline.eval_batches(setup.sources['eval'], setup.transforms['eval'], batch=batch, **self._share())
+    model_state = {k: v for k, v in variables.items() if k != 'params'}
+    return evaluate.run(setup.task, self.eval_step, (variables['params'], model_state, self.frozen), rows, setup.mesh)
+
+  def close(self) -> None:
+    for part in (self.metrics, self.checkpoints, self.batches, self.profile):
+      part.close()

@@ -1,0 +1,33 @@
+"""What a process does before its first computation: keep compiled programs, find the other processes of its run."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from beitv2_jax.errors import UserError
+
+
+def use_compilation_cache() -> None:
+  """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', str(Path.home() / '.cache' / 'beitv2_jax' / 'xla'))
+
+
+def start_distributed(coordinator: str | None, processes: int | None, process: int | None, distributed: bool) -> None:
+  """Connects the processes of a multi-host run: by `coordinator` (host:port), or as the TPU slice or SLURM job says.
+
+  Does nothing for a run of one process. Raises UserError if they do not find each other.
+  """
+  slurm, pod = int(os.environ.get('SLURM_NTASKS', 1)) > 1, ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '')
+  if not (coordinator or slurm or pod or distributed):
+    return
+  through = f'--coordinator={coordinator}' if coordinator else 'SLURM' if slurm else 'the TPU slice'
+  try:
+    jax.distributed.initialize(coordinator, processes, process)
+  except Exception as e:  # timeouts, missing variables, refused connections: jax and grpc raise many types
+    reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+    raise UserError(
+      f'the processes did not find each other through {through} ({reason}). Is the same command running on every host, and can they reach the '
+      'first one? Elsewhere give --coordinator=HOST:PORT --processes=N --process=I.'
+    ) from e
