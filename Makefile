@@ -6,23 +6,25 @@ export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/beitv2_jax/xla
 
 .PHONY: demo demo-full test test-parity test-all lint clean
 demo: $(VENV)/ready
-	$(VENV)/bin/python -m beitv2_jax.demo $(ARGS)
+	$(VENV)/bin/python -m beitv2_jax demo $(ARGS)
 
 demo-full: $(VENV)/ready
-	$(VENV)/bin/python -m beitv2_jax.demo --full $(ARGS)
+	$(VENV)/bin/python -m beitv2_jax demo --full $(ARGS)
 
 test: $(VENV)/ready
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "not parity" $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "not parity and not slow" $(ARGS)
 
 # Against torch, timm and Hugging Face, which come into the same environment; torch stays out of everything else.
 test-parity: $(VENV)/ready-parity
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m parity $(ARGS)
 
+# Also what is slow and rarely tells anything that the others do not.
 test-all: $(VENV)/ready-parity
-	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "" $(ARGS)
 
+# Style, and types.
 lint: $(VENV)/ready
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/ty check --python $(VENV)
 
 # The lock makes the environment the one that was tested; LOCK= takes the newest of the ranges instead.
 LOCK ?= -c requirements.lock

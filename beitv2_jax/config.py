@@ -77,6 +77,7 @@ def base(task: str) -> ConfigDict:
     )
   )
   c.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
+  c.quick_compile = False  # compile in half the time what then runs slower: for trying things out, on CPUs
   c.log_every = 50
   c.profile_steps = 0  # trace so many steps, after the first ten, into WORKDIR/profile
   c.eval_every = 0  # steps; 0: only at the end
@@ -101,7 +102,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 def smoke(c: ConfigDict) -> ConfigDict:
   """Shrinks what all recipes share to a few steps on generated images; the recipe shrinks its model."""
   c.data.update(source='fake:64', image_size=32, workers=0)
-  c.update(dtype='float32', batch_size=16, steps=6, log_every=1, eval_batch_size=16)
+  c.update(dtype='float32', batch_size=16, steps=6, log_every=1, eval_batch_size=16, quick_compile=True)
   c.optim.warmup_steps = 2
   c.checkpoint.every = 3
   return c
@@ -205,7 +206,7 @@ def load(workdir: str | Path, what: str = 'a workdir of a finished stage') -> Co
     raise UserError(f'{path} is damaged ({e}).') from e
   if 'task' not in config:
     raise UserError(
-      f'{path} is not of a stage trained here: expected {what}. (A Hugging Face or timm model comes in through beitv2_jax.convert.)'
+      f'{path} is not of a stage trained here: expected {what}. (A Hugging Face or timm model comes in through python -m beitv2_jax convert.)'
     )
   return config
 

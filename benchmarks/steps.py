@@ -59,7 +59,7 @@ def ours(args) -> tuple[list[float], int]:
   frozen = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), frozen)
   mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
   tx, schedule = optim.make(c.optim, 1000, 10)
-  layout = state_layout(task, tx, mesh, c.mesh)
+  layout = state_layout(task, tx, mesh, c)
   state, frozen = layout.init(jax.random.key(0)), sharding.put_replicated(frozen, mesh)
   batch = dict(image=rng.integers(0, 256, (args.batch, 224, 224, 3), np.uint8))
   if 'mask' in c:

@@ -24,7 +24,7 @@ COPIED = '--config.mesh.shard_state=False'  # every chip holds and updates all p
 
 
 def runs() -> dict[str, list[str]]:
-  """{name: arguments of beitv2_jax.aot}."""
+  """{name: arguments of python -m beitv2_jax aot}."""
   out = {}
 
   def add(name, config, topology, part, *more):
@@ -74,7 +74,7 @@ def compile_missing(only: str) -> None:
       continue
     start = time.monotonic()
     with tempfile.NamedTemporaryFile(suffix='.json') as file:
-      done = subprocess.run([sys.executable, '-m', 'beitv2_jax.aot', *args, f'--json={file.name}'], capture_output=True, text=True)
+      done = subprocess.run([sys.executable, '-m', 'beitv2_jax', 'aot', *args, f'--json={file.name}'], capture_output=True, text=True)
       text = Path(file.name).read_text()
       if not text:
         print(f'{name}: {done.stderr.strip().splitlines()[-1]}', flush=True)

@@ -5,8 +5,8 @@ ImageNet-1k pretraining (the default), 53.5 after intermediate fine-tuning on Im
 
   python -m beitv2_jax.main --config=configs/ade20k_b16.py --workdir=runs/b16_ade --config.init_from=runs/beitv2_b16 \
       --config.data.source=scenes:ADEChallengeData2016
-  python -m beitv2_jax.segmentation --from runs/b16_ade                                  the exact scores
-  python -m beitv2_jax.segmentation --from runs/b16_ade --flip --scales 0.5 0.75 1 1.25 1.5 1.75
+  python -m beitv2_jax segmentation --from runs/b16_ade                                  the exact scores
+  python -m beitv2_jax segmentation --from runs/b16_ade --flip --scales 0.5 0.75 1 1.25 1.5 1.75
   python -m beitv2_jax.main --config=configs/ade20k_b16.py:smoke --workdir=runs/smoke --config.data.source=scenes:PATH
 
 Your own masks: --config.model.classes=11 --config.labels.reduce_zero=False --config.labels.ignore="(11,255)"; layouts are in

@@ -3,7 +3,7 @@
 Name the sets you have; the others are left out. Folders as they are distributed: class folders named by WordNet id (-A, -R, -Sketch),
 or by class number (-V2). Expected from official large weights on ImageNet-R (official README): 69.94 top-1, 82.89 top-5.
 
-  python -m beitv2_jax.robustness --config=configs/robustness.py --from=runs/l16_ft --config.sets.a=folder:imagenet-a \
+  python -m beitv2_jax robustness --from runs/l16_ft --config=configs/robustness.py --config.sets.a=folder:imagenet-a \
       --config.sets.r=folder:imagenet-r --config.sets.sketch=folder:sketch --config.sets.v2=folder:imagenetv2-matched-frequency \
       --config.sets.imagenet=tfds:imagenet2012 --config.real=real.json
 """

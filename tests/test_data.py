@@ -385,7 +385,7 @@ def test_a_source_is_small_in_a_workers_pickle(tmp_path):
 
 
 def test_bench_prints_stages_and_a_verdict():
-  command = [sys.executable, '-m', 'beitv2_jax.data.bench', '--config=configs/beitv2_b16.py:smoke', '--images=64']
+  command = [sys.executable, '-m', 'beitv2_jax', 'bench', '--config=configs/beitv2_b16.py:smoke', '--images=64']
   run = subprocess.run(command, capture_output=True, text=True, timeout=120)
   assert run.returncode == 0, run.stderr
   for words in (

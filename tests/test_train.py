@@ -119,7 +119,7 @@ def some_steps(c, steps=3):
   task, frozen = tasks.make(c)
   mesh = sharding.make_mesh(c.mesh.data, c.mesh.model)
   tx, schedule = optim.make(c.optim, 100, 2)
-  layout = state_layout(task, tx, mesh, c.mesh)
+  layout = state_layout(task, tx, mesh, c)
   state, frozen = layout.init(jax.random.key(0)), sharding.put_replicated(frozen, mesh)
   train_step = make_train_step(task, tx, schedule, c.accumulate, layout)
   step = jax.jit(train_step, out_shardings=(layout.shardings, sharding.replicated(mesh)))

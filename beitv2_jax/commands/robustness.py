@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     '--crop-pct', type=float, default=0.875, help='0.875 is the official evaluation; timm takes 0.9 for base, 0.95 for large'
   )
   args, left = parser.parse_known_args(argv)
-  options = dict(sets=dict(map(_named, args.data)), real=args.real, data_dir=args.data_dir, crop_pct=args.crop_pct, batch=args.batch)
+  options: dict[str, Any] = dict(
+    sets=dict(map(_named, args.data)), real=args.real, data_dir=args.data_dir, crop_pct=args.crop_pct, batch=args.batch
+  )
   if left:
     options = _from_config(left, options)
   if not 0 < options['crop_pct'] <= 1:

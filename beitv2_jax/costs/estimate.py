@@ -110,7 +110,7 @@ def lower(c: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
   frozen, key = jax.tree.map(place, frozen), place(jax.eval_shape(lambda: jax.random.key(0)))
   batch = abstract_batch(c, mesh, part)
   tx, schedule = optim.make(c.optim, 1000, 10)
-  layout = state_layout(task, tx, mesh, c.mesh)
+  layout = state_layout(task, tx, mesh, c)
   state = layout.targets()
   if part == 'init':
     with jax.set_mesh(mesh):
@@ -119,7 +119,8 @@ def lower(c: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
     if c.task != 'pretrain':
       raise UserError('--part=frozen looks at the frozen tokenizer of a pretraining config.')
 
-    run = jax.jit(lambda frozen, image: task.tokenizer.apply(frozen, vqkd_images(image), method='tokens'))
+    tokenizer: Any = task.tokenizer  # ty: ignore[missing-attribute]
+    run = jax.jit(lambda frozen, image: tokenizer.apply(frozen, vqkd_images(image), method='tokens'))
     state = TrainState(state.step, frozen, {}, {})
     with jax.set_mesh(mesh):
       return run.lower(frozen, batch['image']), mesh, state

@@ -15,7 +15,7 @@ def vit(width: int, depth: int, tokens: int, mlp_ratio: float = 4.0) -> float:
   return depth * (2 * tokens * (4 + 2 * mlp_ratio) * width**2 + 4 * tokens**2 * width)
 
 
-def linear(tokens: int, features_in: int, features_out: int) -> float:
+def linear(tokens: float, features_in: int, features_out: int) -> float:
   return 2.0 * tokens * features_in * features_out
 
 
@@ -48,7 +48,7 @@ def classifier(m: Any, patches: int) -> float:
 def segmenter(m: Any, patches: int) -> float:
   """Backbone, pyramid and both heads. Resizing and pooling do not count."""
   backbone = linear(patches, 3 * m.patch_size**2, m.width) + vit(m.width, m.depth, patches + 1, m.mlp_ratio)
-  d, c, cells = m.width, m.channels, [16 * patches, 4 * patches, patches, patches / 4]
+  d, c, cells = m.width, m.channels, [16.0 * patches, 4.0 * patches, 1.0 * patches, patches / 4]
   pyramid = linear(patches, d, 4 * d) + linear(4 * patches, d, 4 * d) + linear(patches, d, 4 * d)
   pooled = sum(linear(s * s, d, c) for s in m.pool_scales) + linear(cells[3], 9 * (d + len(m.pool_scales) * c), c)
   maps = sum(linear(n, d, c) + linear(n, 9 * c, c) for n in cells[:3])

@@ -44,7 +44,9 @@ class Program:
       elif current is not None and (found := re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$', line)):
         current.append(self._instruction(*found.groups()))
     kernels = [i for c in self.computations.values() for i in c if i['kernel']]
-    for i in kernels if kernel_cycles else ():
+    for i in kernels:
+      if kernel_cycles is None:
+        break
       same = [j['name'] for j in kernels if j['kernel']['body'] == i['kernel']['body']]
       i['cycles'] = kernel_cycles(same, i['kernel']['turns'], i['kernel']['moved'])
     self.times: collections.Counter = collections.Counter()
@@ -121,7 +123,7 @@ class Program:
       if kind in _COLLECTIVES:
         counts[kind] += times
         moved[kind] += times * i['bytes'] * (2 if kind == 'all-reduce' else 1)
-    return [dict(kind=k, count=counts[k], bytes=moved[k]) for k in sorted(counts, key=moved.get, reverse=True)]
+    return [dict(kind=k, count=counts[k], bytes=moved[k]) for k in sorted(counts, key=lambda k: moved[k], reverse=True)]
 
   def without_estimate(self) -> dict[str, int]:
     """Kinds of operations that take time but carry none: custom calls, collectives, copies between memories."""

@@ -33,8 +33,10 @@ class Names:
   def __init__(self, names: Sequence[str]):
     block = ''.join(names)
     if not block.isascii():
-      names = [n.encode('utf-8', 'surrogateescape') for n in names]
-    self.ends = np.cumsum(np.fromiter(map(len, names), np.int64, len(names)))
+      lengths = [len(n.encode('utf-8', 'surrogateescape')) for n in names]
+    else:
+      lengths = map(len, names)
+    self.ends = np.cumsum(np.fromiter(lengths, np.int64, len(names)))
     self.block = block.encode('utf-8', 'surrogateescape')
 
   def __len__(self) -> int:

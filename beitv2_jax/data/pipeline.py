@@ -9,6 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -85,8 +86,8 @@ class _Part(grain.MapDataset):
   def __len__(self) -> int:
     return max(len(self._parent) // self.processes - self.start * self.size, 0)
 
-  def __getitem__(self, i: int) -> dict:
-    batch, place = divmod(i, self.size)
+  def __getitem__(self, index: Any) -> Any:
+    batch, place = divmod(index, self.size)
     return self._parent[((self.start + batch) * self.processes + self.process) * self.size + place]
 
 

@@ -105,7 +105,7 @@ class Labels:
   reduce_zero: bool = False
   ignore: tuple[int, ...] = (255,)
 
-  def __call__(self, record: Record, rng: Rng) -> Record:
+  def __call__(self, record: Record, rng: Rng | None) -> Record:
     mask = record['mask'].astype(np.int64)
     out = mask - 1 if self.reduce_zero else mask
     none = np.isin(mask, self.ignore) | (out < 0)

@@ -280,7 +280,7 @@ class Tfds:
   def __init__(self, where: str, split: str, data_dir: str = '', **_):
     import tensorflow_datasets as tfds
 
-    how = 'Prepare it (for ImageNet: python -m beitv2_jax.data.prepare imagenet2012 --tars DIR --out DIR) and name the directory with --config.data.dir=DIR.'
+    how = 'Prepare it (for ImageNet: python -m beitv2_jax prepare imagenet2012 --from DIR --out DIR) and name the directory with --config.data.dir=DIR.'
     folders = [
       f
       for base in (where, os.path.join(data_dir, where))
@@ -302,7 +302,7 @@ class Tfds:
     if found is None:
       have = f'it has the splits {", ".join(builder.info.splits)}' if builder.info.splits else 'nothing is prepared there'
       raise UserError(f'no {split} split of {where} in {builder.data_dir}: {have}. {how}')
-    self.source = builder.as_data_source(split=found, decoders={'image': tfds.decode.SkipDecoding()})
+    self.source: Any = builder.as_data_source(split=found, decoders={'image': tfds.decode.SkipDecoding()})  # ty: ignore[missing-argument]
     self.keys = [k for k in ('image', 'label') if k in builder.info.features]
     self.classes = list(builder.info.features['label'].names) if 'label' in self.keys else None
     self.where = f'{where} {found}'

@@ -11,6 +11,7 @@ import io
 import math
 import threading
 import warnings
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -20,7 +21,7 @@ from PIL import Image, ImageEnhance
 try:
   import cykooz_resizer as fast
 except ImportError:  # no wheel for this machine
-  fast = None
+  fast: Any = None
 
 Record = dict
 Rng = np.random.Generator
@@ -156,7 +157,7 @@ class CenterCrop:
   size: int | Size
   crop_pct: float = 0.875
 
-  def __call__(self, record: Record, rng: Rng) -> Record:
+  def __call__(self, record: Record, rng: Rng | None) -> Record:
     image, (h, w) = record['image'], pair(self.size)
     tall, wide = int(h / self.crop_pct), int(w / self.crop_pct)
     # The covering side is exact and the other one rounded down, as torchvision's Resize(shorter side) does.

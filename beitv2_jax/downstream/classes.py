@@ -33,7 +33,7 @@ def class_subset(classes: list[str], model_classes: list[str]) -> np.ndarray:
 
 def model_classes(config: Any) -> list[str]:
   """The class names that a model was trained with; ImageNet-1k's for an imported one of 1,000 classes, or else numbers."""
-  names = list(config.get('class_names') or ())
+  names: list[str] = list(config.get('class_names') or ())
   if names:
     return names
   return imagenet_classes() if config.model.classes == 1000 else [str(i) for i in range(config.model.classes)]

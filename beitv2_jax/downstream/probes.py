@@ -6,6 +6,7 @@ block's tokens, a pooling that is learned. Features may lie on disk (numpy.memma
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,7 @@ def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def fit_linear(x: np.ndarray, y: np.ndarray, classes: int, decay: float = 1e-3, steps: int = 200) -> tuple[jax.Array, jax.Array]:
   """Multinomial logistic regression by L-BFGS: minimises mean cross-entropy + decay/2·‖W‖². Returns (W [D, k], b [k])."""
-  x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y)
-  return _fit(x, y, jnp.zeros((x.shape[1], classes)), decay, steps)
+  return _fit(jnp.asarray(x, jnp.float32), jnp.asarray(y), jnp.zeros((x.shape[1], classes)), decay, steps)
 
 
 @jax.jit(static_argnames='steps')
@@ -150,7 +150,7 @@ def layer_probes(train, train_labels, test, test_labels, epochs: int = 100, batc
   weights = jnp.asarray(rng.normal(0, 0.01, (3, blocks, 2 * width, classes)), jnp.float32)
   params = dict(w=weights, b=jnp.zeros((3, blocks, 1, classes)))
   tx = optax.inject_hyperparams(optax.adamw)(lr, weight_decay=1e-4)
-  state = tx.init(params)
+  state: Any = tx.init(params)
   for epoch in bar(range(epochs), 'epochs', title='linear probes'):
     state.hyperparams['learning_rate'] = jnp.asarray(0.5 * lr * (1 + math.cos(math.pi * epoch / epochs)))
     for rows in _batches(count, batch, rng):

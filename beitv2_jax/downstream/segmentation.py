@@ -6,6 +6,7 @@ the softmax (upsampling, adding up and averaging overlapping windows, resizing) 
 window, made on the host: exact at any size.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +90,7 @@ def probabilities(
 def predict(logits_of, image, size, mode='slide', scales=(1.0,), flip=False) -> np.ndarray:
   """The best class of every pixel, int [H, W], from the mean of the probabilities at all scales, and mirrored if `flip`."""
   flips = (False, True) if flip else (False,)
-  total = sum(probabilities(logits_of, image, size, mode, s, f) for s in scales for f in flips)
+  total = functools.reduce(jnp.add, [probabilities(logits_of, image, size, mode, s, f) for s in scales for f in flips])
   return np.asarray(total.argmax(-1))[: image.shape[0], : image.shape[1]]
 
 

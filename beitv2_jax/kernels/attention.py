@@ -32,7 +32,7 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
     raise ValueError(f'layers.attention={how} cannot take {x.shape[1]} tokens in heads of {head_dim}; use auto or xla.')
   if how == 'xla':
     return plain(x, qkv, q_bias, v_bias, bias)
-  if how == 'tpu':
+  if how == 'tpu' and plan is not None:
     cores = (mesh.abstract_device.num_cores or 1) if chip.platform() == 'tpu' else 2
     local = functools.partial(attention_tpu.attend, plan=plan, on_tpu=chip.platform() == 'tpu', cores=cores)
   else:

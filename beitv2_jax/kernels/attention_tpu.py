@@ -201,7 +201,7 @@ def _call(kernel, name, inputs, static, out, sums=()):
     out_shape=out + sums,
     out_specs=[*map(image, out), *map(own, sums)],
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary', 'arbitrary'), vmem_limit_bytes=static.plan.vmem),
-    metadata=dict(turns=str(batch * programs)),  # aot.py multiplies the compiler's schedule by it
+    metadata=dict(turns=str(batch * programs)),  # costs/estimate.py multiplies the compiler's schedule by it
     interpret=static.interpret,
   )(qkv, *biases, *more)
   return [*result[: len(out)], *(x.sum(0, keepdims=True) for x in result[len(out) :])]

@@ -20,7 +20,7 @@ def platform() -> str:
 
 def rounded_products() -> bool:
   """Whether products of fp32 round their inputs to bf16 here: on a TPU mesh, unless a higher precision was asked for."""
-  return platform() == 'tpu' and jax.config.jax_default_matmul_precision in (None, 'default', 'bfloat16')
+  return platform() == 'tpu' and jax.config.jax_default_matmul_precision in (None, 'default', 'bfloat16')  # ty: ignore[missing-attribute]
 
 
 def made_anew(x: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ def _odd_polynomial(f: Callable, terms: int, end: float) -> list[float]:
 _PHI = lambda x: (1 + math.erf(x * math.sqrt(0.5))) / 2
 _SLOPE = lambda x: _PHI(x) + x * math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 _END = 4.5
-_POLYNOMIALS = {f: _odd_polynomial(f, terms, _END) for f, terms in ((_PHI, 9), (_SLOPE, 10))}
+_POLYNOMIALS: dict[Callable, list[float]] = {f: _odd_polynomial(f, terms, _END) for f, terms in ((_PHI, 9), (_SLOPE, 10))}
 
 
 def _evaluate(f: Callable, x: jax.Array) -> jax.Array:

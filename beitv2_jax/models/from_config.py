@@ -36,7 +36,7 @@ BUILDERS = {
 }
 
 
-def build(config: Any) -> nn.Module:
+def build(config: Any) -> Any:
   """The module of a stage's config. Raises UserError for stages that leave no such model."""
   if config.task not in BUILDERS:
     raise UserError(f'a {config.task} stage has no model to load here; use the workdir of one of {", ".join(BUILDERS)}.')
@@ -44,7 +44,7 @@ def build(config: Any) -> nn.Module:
   return BUILDERS[config.task](config.model, grid=config_lib.patch_grid(config), dtype=jnp.dtype(config.dtype), execution=execution)
 
 
-def init(module: nn.Module, config: Any, key: jax.Array) -> Any:
+def init(module: Any, config: Any, key: jax.Array) -> Any:
   """Fresh variables, in Flax's boxes with logical axis names: {'params': ..., other collections}. To be jitted."""
   images = jnp.zeros((1, *config_lib.image_shape(config)))
   return in_one_draw(lambda key: module.init(key, images), key)

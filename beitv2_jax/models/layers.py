@@ -259,15 +259,15 @@ def apply_blocks(
 ) -> jax.Array:
   """`block` with each of `params` in turn, block i with drop path rate `rates[i]` and a key of its own."""
 
-  def one(x, params, rate, key):
+  def apply(x, params, rate, key):
     return block.apply({'params': params}, x, bias, rate, key)
 
-  if REMAT[execution.remat]:
-    one = jax.checkpoint(one, policy=REMAT[execution.remat])
+  policy = REMAT[execution.remat]
+  one: Callable = jax.checkpoint(apply, policy=policy) if policy else apply
   keys = None if key is None else jax.random.split(key, len(params))
   if execution.scan and len(params) > 1:
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     return jax.lax.scan(lambda x, each: (one(x, *each), None), x, (stacked, jnp.asarray(rates), keys))[0]
   for i, p in enumerate(params):
-    x = one(x, p, rates[i], keys[i] if key is not None and rates[i] else None)
+    x = one(x, p, rates[i], keys[i] if keys is not None and rates[i] else None)
   return x

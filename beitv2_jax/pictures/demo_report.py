@@ -77,7 +77,7 @@ def report(out: Path, began: float, control: bool) -> None:
   codes = trained.in_batches(vqkd.tokens, images)
   counts = np.bincount(codes.reshape(-1), minlength=vqkd.config.model.codes)
   masked = masked_accuracy(model, codes, images)
-  summary = feature_scores(out, vqkd, model, images, labels, control) | dict(
+  summary: dict[str, Any] = feature_scores(out, vqkd, model, images, labels, control) | dict(
     codes_used=int((counts > 0).sum()),
     codes_total=len(counts),
     perplexity=float(code_statistics(counts.astype(np.float64))['perplexity']),

@@ -1,4 +1,4 @@
-"""What a stage trains. The loop in train.py knows nothing but this interface.
+"""What a stage trains. The loop in training/loop.py knows nothing but this interface.
 
 `make(config)` returns a task and its frozen weights: those the stage uses but does not train (teacher, tokenizer). They are
 an argument of the jitted step, never part of its checkpoint.
@@ -16,6 +16,8 @@ from beitv2_jax.weights import adapt
 
 class Task:
   """Base of all tasks: what a task can do, with what most need by default."""
+
+  config: Any
 
   def init(self, key: jax.Array) -> dict:
     """{'params': ..., and mutable collections such as 'codebook'}, with logical axis names in flax boxes."""

@@ -24,6 +24,11 @@ def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]
   if source is not None:
     if not source.classes:
       raise UserError(f'{c.data.source} has no labels; classification needs class folders, or a list with labels.')
+    if len(source.classes) < 2:
+      raise UserError(
+        f'{c.data.source} has {len(source.classes)} class ({source.classes[0]}): there is nothing to tell apart. Give a folder with one folder a class, '
+        'of at least two classes.'
+      )
     if c.model.classes not in (0, len(source.classes)):
       raise UserError(
         f'model.classes={c.model.classes}, but data.source={c.data.source} has {len(source.classes)} classes; leave it 0 to take them from there.'

@@ -11,7 +11,7 @@ from beitv2_jax.tasks import Task
 from beitv2_jax.training import sharding
 
 
-def make_eval_step(task: Task, mesh: Any) -> Callable:
+def make_eval_step(task: Task, mesh: Any, compiler_options: dict | None = None) -> Callable:
   """jitted (params, model_state, frozen, batch) → ({name: sum over valid examples}, number of valid examples)."""
 
   def step(params, model_state, frozen, batch):
@@ -19,7 +19,7 @@ def make_eval_step(task: Task, mesh: Any) -> Callable:
     values = task.evaluate(params, model_state, frozen, batch)
     return jax.tree.map(lambda v: jnp.tensordot(valid, v.astype(jnp.float32), 1), values), valid.sum()
 
-  return jax.jit(step, out_shardings=sharding.replicated(mesh))
+  return jax.jit(step, out_shardings=sharding.replicated(mesh), compiler_options=compiler_options)
 
 
 def run(task: Task, eval_step: Callable, variables: tuple, batches: Iterable[dict], mesh: Any) -> dict[str, float]:

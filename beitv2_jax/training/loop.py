@@ -20,7 +20,7 @@ from beitv2_jax import tasks
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import UserError
 from beitv2_jax.kernels import attention, chip, functions
-from beitv2_jax.training import evaluate, optim, sharding
+from beitv2_jax.training import evaluate, optim, process, sharding
 from beitv2_jax.training.checkpoint import Checkpoints
 from beitv2_jax.training.interruptions import Interrupted, Signals
 from beitv2_jax.training.lock import Lock
@@ -95,7 +95,7 @@ def prepare(config: Any, workdir: Path) -> Setup:
   optimizer, schedule = optim.make(config.optim, steps, warmup)
   # Made on the mesh: a key on one device would have to move to the others in every step.
   make_keys = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed), 3)), out_shardings=sharding.replicated(mesh))
-  layout = state_layout(task, optimizer, mesh, config.mesh)
+  layout = state_layout(task, optimizer, mesh, config)
   return Setup(config, workdir, task, frozen, opened, transforms, steps, mesh, optimizer, schedule, layout, *make_keys())
 
 
@@ -166,8 +166,9 @@ class Training:
       setup.sources['train'], setup.transforms['train'], batch=config.batch_size, start=start, workers=config.data.workers, **self._share()
     )
     train_step = make_train_step(setup.task, setup.optimizer, setup.schedule, config.accumulate, layout)
-    self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout.shardings, sharding.replicated(mesh)))
-    self.eval_step = evaluate.make_eval_step(setup.task, mesh)
+    options, everywhere = process.compiler_options(config), sharding.replicated(mesh)
+    self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout.shardings, everywhere), compiler_options=options)
+    self.eval_step = evaluate.make_eval_step(setup.task, mesh, options)
     self.gather = jax.jit(lambda variables: variables, out_shardings=layout.gathered)
     self.pending: tuple | None = None  # (step, metrics, seconds waited for input) of the newest step, not looked at yet
     self.found_idle: list[bool] = []  # for each step since the last report: was the device done with the one before?
@@ -214,7 +215,8 @@ class Training:
   def first_batch(self) -> dict[str, jax.Array]:
     batch, setup = self.pull(), self.setup
     if self.step == 0 and not setup.config.init_from:
-      warm_start = jax.jit(setup.task.warm_start, out_shardings=setup.layout.shardings.model_state)
+      options = process.compiler_options(setup.config)
+      warm_start = jax.jit(setup.task.warm_start, out_shardings=setup.layout.shardings.model_state, compiler_options=options)
       params = self.gather(self.state.split()[0])['params']
       self.state = self.state._replace(
         model_state=warm_start(params, self.state.model_state, self.frozen, batch, setup.warm_start_key)

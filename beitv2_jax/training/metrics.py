@@ -25,7 +25,8 @@ class Metrics:
       return
     path = workdir / 'metrics.jsonl'
     if path.exists():
-      kept = [line for line in path.read_text().splitlines() if _step(line) is not None and _step(line) <= start]
+      steps_of = [(_step(line), line) for line in path.read_text().splitlines()]
+      kept = [line for step, line in steps_of if step is not None and step <= start]
       path.write_text(''.join(f'{line}\n' for line in kept))
     self.file = path.open('a')
     self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)

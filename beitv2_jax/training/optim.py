@@ -69,11 +69,11 @@ def layer_scales(params: Any, decay: float) -> Any:
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   """torch's clip_grad_norm_: factor min(1, max_norm / (norm + 1e-6))."""
 
-  def update(grads, state, params=None):
+  def scale(grads: Any) -> Any:
     factor = jnp.minimum(1.0, max_norm / (optax.global_norm(grads) + 1e-6))
-    return jax.tree.map(lambda g: g * factor, grads), state
+    return jax.tree.map(lambda g: g * factor, grads)
 
-  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+  return optax.stateless(lambda grads, _: scale(grads))
 
 
 def scale_by_adam(b1: float, b2: float, eps: float, first_moment: Any = jnp.float32) -> optax.GradientTransformation:
@@ -87,7 +87,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, first_moment: Any = jnp.floa
     zeros = lambda dtype: jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
     return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(first_moment), zeros(None))
 
-  def update(grads, state, params=None):
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     count = state.count + 1
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
@@ -95,7 +95,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, first_moment: Any = jnp.floa
     kept = jax.tree.map(lambda m: m.astype(first_moment), mu)
     return jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), mu, nu), optax.ScaleByAdamState(count, kept, nu)
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformation(init, update)  # ty: ignore[invalid-argument-type]
 
 
 def make(c: Any, steps: int, warmup: int) -> tuple[optax.GradientTransformation, Callable]:

@@ -39,7 +39,7 @@ def variable_shardings(mesh: Mesh, rules: Any, init: Callable, *args) -> tuple[A
   abstract = nn.unbox(boxed)
 
   def one(path, x, spec):
-    axes = nn.logical_to_mesh_axes(spec, rules) if isinstance(spec, P) else P()
+    axes = (nn.logical_to_mesh_axes(spec, rules) if isinstance(spec, P) else None) or P()
     for size, axis in zip(x.shape, axes):
       if axis is not None and size % mesh.shape[axis]:
         raise UserError(

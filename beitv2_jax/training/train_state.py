@@ -1,12 +1,11 @@
 """What training changes: parameters, codebook, optimizer state. And where each array of it lies on the mesh."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from beitv2_jax.training import sharding
+from beitv2_jax.training import process, sharding
 
 
 class TrainState(NamedTuple):
@@ -31,15 +30,16 @@ class StateLayout(NamedTuple):
   abstract: TrainState  # shapes and types
   shardings: TrainState  # where the arrays lie between steps
   gathered: dict  # where the variables lie while a step uses them
-  init: Callable[[jax.Array], TrainState]  # jitted: key → a state that is sharded from the start
+  init: Any  # jitted: key → a state that is sharded from the start
 
   def targets(self) -> TrainState:
     """`abstract` with the shardings in it, as Orbax and the compiler take it."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings)
 
 
-def state_layout(task: Any, optimizer: Any, mesh: Any, mesh_config: Any) -> StateLayout:
-  """Plans the state of `task` on `mesh`. `mesh_config` is the config's `mesh` section. Raises UserError if an axis does not divide."""
+def state_layout(task: Any, optimizer: Any, mesh: Any, config: Any) -> StateLayout:
+  """Plans the state of `task` on `mesh`, as the config's `mesh` section says. Raises UserError if an axis does not divide."""
+  mesh_config = config.mesh
   variables, gathered = sharding.variable_shardings(mesh, mesh_config.rules, task.init, jax.random.key(0))
   placed = gathered
   if mesh_config.shard_state:  # the parameters, and an average of them
@@ -54,4 +54,6 @@ def state_layout(task: Any, optimizer: Any, mesh: Any, mesh_config: Any) -> Stat
     variables = sharding.unbox(task.init(key))
     return TrainState.join(variables, dict(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(variables['params'])))
 
-  return StateLayout(abstract, shardings, gathered, jax.jit(init, out_shardings=shardings))
+  return StateLayout(
+    abstract, shardings, gathered, jax.jit(init, out_shardings=shardings, compiler_options=process.compiler_options(config))
+  )

@@ -64,10 +64,10 @@ def to_official(kind: str, state: State) -> State:
   for key, value in state.items():
     found = re.fullmatch(r'beit\.encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.weight', key)
     if found and found[2] == 'query':
-      parts = [state.get(key.replace('.query.', f'.{p}.')) for p in _PARTS]
-      if any(p is None for p in parts):
+      names = [key.replace('.query.', f'.{p}.') for p in _PARTS]
+      if any(n not in state for n in names):
         raise UserError(f'{key} comes without its key and value.')
-      out[f'{prefix}blocks.{found[1]}.attn.qkv.weight'] = np.concatenate(parts)
+      out[f'{prefix}blocks.{found[1]}.attn.qkv.weight'] = np.concatenate([state[n] for n in names])
     elif not found:
       name = next((new for rename in rules if (new := rename(key))), key)
       out[f'backbone.{name}' if re.match(r'fpn[12]\.', name) else name] = value

@@ -1,0 +1,85 @@
+"""Two runs in one workdir: the second is refused, a dead one's lock is taken over."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from beitv2_jax.errors import UserError
+from beitv2_jax.training import loop
+from beitv2_jax.training.lock import Lock
+from tests.conftest import main_command, main_env, smoke
+
+
+def test_a_second_run_is_refused_by_name_and_the_first_goes_on(tmp_path):
+  workdir = tmp_path / 'run'
+  first = subprocess.Popen(
+    main_command('--config=configs/vqkd_b16.py:smoke', f'--workdir={workdir}', '--config.steps=100000', '--config.checkpoint.every=100000'),
+    env=main_env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+  )  # fmt: skip
+  try:
+    deadline = time.time() + 120
+    while not (workdir / 'config.json').exists() and time.time() < deadline:
+      time.sleep(0.1)
+    before = (workdir / 'config.json').read_text()
+    with pytest.raises(UserError, match=f'in use by a run .host {socket.gethostname()}, process {first.pid}, since 20'):
+      loop.run(smoke('tokenizer', seed=5), workdir)
+    assert (workdir / 'config.json').read_text() == before and first.poll() is None
+    first.kill()
+    first.wait()
+    assert (workdir / 'run.lock').exists()  # what a killed run leaves
+    loop.run(smoke('tokenizer', steps=1), workdir)
+    assert not (workdir / 'run.lock').exists()
+  finally:
+    first.kill()
+
+
+def other_host(path):
+  path.write_text(json.dumps(dict(host='other', machine='other', pid=1, birth='', since='2026-01-01 00:00:00 UTC')))
+
+
+def test_another_machines_run_is_dead_when_nobody_touches_its_lock(tmp_path, capsys):
+  other_host(tmp_path / 'run.lock')
+  with Lock(tmp_path, beat=0.1, stale=0.5):
+    owner = json.loads((tmp_path / 'run.lock').read_text())
+    assert owner['pid'] == os.getpid()
+  assert not (tmp_path / 'run.lock').exists() and 'waiting up to' in capsys.readouterr().err
+
+
+def test_another_machines_run_lives_while_its_lock_is_touched(tmp_path):
+  path = tmp_path / 'run.lock'
+  other_host(path)
+  touch = f'import os, time\nfor _ in range(100): time.sleep(0.05); os.utime({str(path)!r})'
+  toucher = subprocess.Popen([sys.executable, '-c', touch])
+  try:
+    with pytest.raises(UserError, match='host other, process 1, since 2026-01-01'):
+      with Lock(tmp_path, beat=0.1, stale=10):
+        pass
+  finally:
+    toucher.kill()
+  assert json.loads(path.read_text())['host'] == 'other'  # it keeps it
+
+
+def test_a_lock_is_touched_and_left_to_its_owner(tmp_path):
+  with Lock(tmp_path, beat=0.05) as lock:
+    first = lock.path.stat().st_mtime_ns
+    time.sleep(0.3)
+    assert lock.path.stat().st_mtime_ns > first
+    other_host(lock.path)
+  assert lock.path.exists()
+
+
+def test_a_process_number_that_was_given_away_again(tmp_path):
+  """The lock names a living process, which was not born when the lock was made."""
+  ours = Lock(tmp_path).ours
+  (tmp_path / 'run.lock').write_text(json.dumps(ours | dict(birth='1')))
+  with Lock(tmp_path):
+    pass
+  (tmp_path / 'run.lock').write_text(json.dumps(ours))
+  with pytest.raises(UserError, match='in use by a run'):
+    with Lock(tmp_path):
+      pass
