@@ -146,6 +146,12 @@ def layers(c: Any) -> dict[str, Any]:
   return dict(c.get('layers', {}))
 
 
+def compiler_options(c: Any) -> dict[str, Any] | None:
+  """What `quick_compile` asks of XLA, as jax.jit takes it. The same programs, with another rounding here and there."""
+  quick = c.get('quick_compile', False) and jax.default_backend() == 'cpu'
+  return dict(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=False) if quick else None
+
+
 def head_dims(c: Any) -> set[int]:
   """Widths of the attention heads of all models in a config."""
   inner = set().union(*(head_dims(v) for v in c.values() if isinstance(v, ConfigDict)))

@@ -1,6 +1,7 @@
 """Recipes by name: a file of the user's own, or one of those that are shipped (configs/, installed as beitv2_jax.configs)."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,13 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
       argv[i] = f'--config={resolve(argument[found.end() :])}'
     elif argument in ('--config', '-config') and i + 1 < len(argv):
       argv[i + 1] = resolve(argv[i + 1])
+  given, sys.argv = sys.argv, argv  # ml_collections looks there for the fields that are set
   try:
     return flag_values(argv)
   except Exception as e:  # absl, ml_collections, and whatever the recipe itself raises
     raise _in_one_line(e, argv) from e
+  finally:
+    sys.argv = given
 
 
 def _in_one_line(error: Exception, argv: list[str]) -> UserError:

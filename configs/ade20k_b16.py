@@ -7,7 +7,7 @@ ImageNet-1k pretraining (the default), 53.5 after intermediate fine-tuning on Im
       --config.data.source=scenes:ADEChallengeData2016
   python -m beitv2_jax segmentation --from runs/b16_ade                                  the exact scores
   python -m beitv2_jax segmentation --from runs/b16_ade --flip --scales 0.5 0.75 1 1.25 1.5 1.75
-  python -m beitv2_jax.main --config=configs/ade20k_b16.py:smoke --workdir=runs/smoke --config.data.source=scenes:PATH
+  python -m beitv2_jax.main --config=configs/ade20k_b16.py:smoke --workdir=runs/smoke
 
 Your own masks: --config.model.classes=11 --config.labels.reduce_zero=False --config.labels.ignore="(11,255)"; layouts are in
 beitv2_jax/data/scenes.py.
@@ -57,9 +57,8 @@ def recipe(arg, size, recipes):
   c.checkpoint.every = 16_000
   c.eval_every = 16_000
   if arg.smoke:
-    source = c.data.source
     config.smoke(c)
-    c.data.update(source=source, image_size=32)
+    c.data.source = 'fake-scenes:64'
     c.model.update(width=32, depth=3, heads=2, patch_size=8, channels=32, aux_channels=16, out_indices=(0, 1, 1, 2))
     c.update(batch_size=4, eval_batch_size=4, eval_every=0)
   return c.lock()

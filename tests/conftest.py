@@ -2,7 +2,7 @@ import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Eight devices, and programs that are compiled quickly: they are small and run a few times.
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 
 import pathlib
@@ -47,4 +47,6 @@ def main_command(*args: str) -> list[str]:
 
 
 def main_env(devices: int = 1) -> dict[str, str]:
-  return os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'}
+  return os.environ | {
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+  }

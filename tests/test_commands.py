@@ -36,6 +36,9 @@ def test_help_has_an_example_and_shared_words(name, capsys):
   example = re.search(rf'^  python -m beitv2_jax {name}(.*)$', text, re.M)
   assert example, text
   module = importlib.import_module(f'beitv2_jax.commands.{name}')
+  if name == 'convert':
+    assert commands.run(name, ['import', '--help']) == commands.run(name, ['export', '--help']) == 0
+    text += capsys.readouterr().out
   for flag in re.findall(r'(?<= )--[\w-]+', example[1]):
     assert flag in text.replace(example[0], '') or flag.startswith('--config') or flag == '--workdir', (name, flag)
   for word in ('--tokenizer', '--save', '--source', '--output'):

@@ -37,7 +37,9 @@ def imported(path, known):
   for node in ast.walk(ast.parse(path.read_text())):
     names = []
     if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'beitv2_jax':
-      names = [f'{node.module}.{alias.name}' for alias in node.names] + [node.module]
+      names = [f'{node.module}.{alias.name}' for alias in node.names]
+      if any(name.removeprefix('beitv2_jax.') not in known for name in names):  # something that the module itself defines
+        names.append(node.module)
     elif isinstance(node, ast.Import):
       names = [alias.name for alias in node.names if alias.name.startswith('beitv2_jax.')]
     for name in names:

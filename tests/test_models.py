@@ -137,7 +137,7 @@ def test_scanned_layers_drop_the_same_paths(remat):
   outs = []
   for execution in (Execution(), Execution(scan=True, remat=remat)):
     module = MIM(16, 4, 2, 8, (4, 4), 24, early_layer=3, layer_scale=1.0, drop_path=0.5, execution=execution)
-    variables = module.init(jax.random.key(1), images)
+    variables = jax.jit(module.init)(jax.random.key(1), images)
     apply = jax.jit(lambda v, m=module: m.apply(v, images, mask, train=True, rngs={'drop_path': jax.random.key(2)}))
     outs.append(apply(nn.unbox(variables)))
   for a, b in zip(*outs):
@@ -147,10 +147,14 @@ def test_scanned_layers_drop_the_same_paths(remat):
 
 def values_and_gradients(f, *args):
   """(f's value, gradients of a weighted sum of it)."""
-  y = f(*args)
-  w = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
-  grads = jax.grad(lambda *a: (f(*a).astype(jnp.float32) * w).sum(), tuple(range(len(args))))(*args)
-  return [np.asarray(x, np.float32) for x in (y, *grads)]
+
+  @jax.jit
+  def both(*args):
+    y, back = jax.vjp(f, *args)
+    w = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+    return y, *back(w.astype(y.dtype))
+
+  return [np.asarray(x, np.float32) for x in both(*args)]
 
 
 def close(ours, theirs, tolerance):

@@ -15,9 +15,9 @@ from beitv2_jax.models.vit import resize_pos_embed
 def clip(tmp_path_factory):
   folder = tmp_path_factory.mktemp('clip')
   model = teacher.new_clip(width=32, depth=2, heads=2, patch_size=8, image_size=32, projection=24, vocab=8, text_length=4)
-  text = jnp.zeros((1, 4), jnp.int32)
-  params = jax.jit(model.module.init)(jax.random.key(0), text, jnp.zeros((1, 32, 32, 3)), jnp.ones_like(text), text)['params']
-  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda: teacher.fresh_clip_params(model, jax.random.key(0)))
+  params = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape) + (x.ndim == 1), jnp.float32), shapes)
   model.save_pretrained(folder, params=params)
   return folder, model, params
 
@@ -30,10 +30,10 @@ def test_dense_clip_target(clip):
   """Post layer norm and projection on every patch token; on [CLS] the same two give CLIP's own image embedding."""
   folder, model, params = clip
   ours, weights = teacher.load('clip', str(folder), (4, 4))
-  target = ours.apply(weights, images())
+  target = jax.jit(ours.apply)(weights, images())
   assert target.shape == (2, 16, 24) and ours.width == 24
   x = images_lib.normalize(images(), images_lib.CLIP_MEAN, images_lib.CLIP_STD)
-  out = model.module.apply(
+  out = jax.jit(model.module.apply)(
     {'params': params}, jnp.zeros((2, 4), jnp.int32), x, jnp.ones((2, 4), jnp.int32), jnp.tile(jnp.arange(4), (2, 1))
   )
   hidden = np.asarray(out.vision_model_output.last_hidden_state)
@@ -49,9 +49,9 @@ def test_input_and_positions_follow_the_students_grid(clip, grid):
   folder, model, params = clip
   ours, weights = teacher.load('clip', str(folder), grid)
   x = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 8 * grid[0], 8 * grid[1], 3)), jnp.float32)
-  target = ours.apply(weights, x)
+  target = jax.jit(ours.apply)(weights, x)
   assert target.shape == (2, grid[0] * grid[1], 24)
-  assert ours.apply(weights, images(64)).shape == target.shape  # resized first
+  assert jax.jit(ours.apply)(weights, images(64)).shape == target.shape  # resized first
   # A teacher that was trained on this very grid, with the positions that ours were resized to.
   table = params['vision_model']['embeddings']['position_embedding']['embedding']
   resized = resize_pos_embed(table[None], (4, 4), grid)[0]
@@ -60,7 +60,9 @@ def test_input_and_positions_follow_the_students_grid(clip, grid):
     vision = params['vision_model'] | {'embeddings': params['vision_model']['embeddings'] | {'position_embedding': {'embedding': resized}}}
     x = images_lib.normalize(x, images_lib.CLIP_MEAN, images_lib.CLIP_STD)
     text = jnp.zeros((2, 4), jnp.int32)
-    out = native.module.apply({'params': params | {'vision_model': vision}}, text, x, jnp.ones_like(text), text).vision_model_output
+    out = jax.jit(native.module.apply)(
+      {'params': params | {'vision_model': vision}}, text, x, jnp.ones_like(text), text
+    ).vision_model_output
     norm = params['vision_model']['post_layernorm']
     hidden = np.asarray(out.last_hidden_state[:, 1:])
     unit = (hidden - hidden.mean(-1, keepdims=True)) / np.sqrt(hidden.var(-1, keepdims=True) + 1e-5)

@@ -1,6 +1,8 @@
 """How many images a second this host prepares for training, and which accelerators that would feed.
 
-python -m beitv2_jax bench --config=configs/beitv2_b16.py --data folder:PATH
+  python -m beitv2_jax bench --config=configs/beitv2_b16.py --data folder:PATH
+
+Each stage is timed on one core, then the pipeline as training would run it.
 """
 
 from beitv2_jax.commands import arguments

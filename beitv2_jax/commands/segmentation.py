@@ -1,7 +1,9 @@
 """Exact scores of a segmenter: mIoU, mean class accuracy, pixel accuracy, at the images' own size.
 
-python -m beitv2_jax segmentation --from runs/b16_ade
-python -m beitv2_jax segmentation --from runs/b16_ade --data scenes:PATH --flip --scales 0.5 0.75 1 1.25 1.5 1.75
+  python -m beitv2_jax segmentation --from runs/b16_ade
+  python -m beitv2_jax segmentation --from runs/b16_ade --data scenes:PATH --flip --scales 0.5 0.75 1 1.25 1.5 1.75
+
+The second is the official multi-scale test. Windows slide over an image as they did in training.
 """
 
 import sys

@@ -8,6 +8,7 @@ None for unlabelled images; `name(i)` names a record in messages. A source is wr
   folder:PATH          a folder of class folders, or a flat folder of unlabelled images
   list:FILE            lines of `path` or `path label`, or of JSON {"class": ..., "files": [...]}
   parquet:PATH         a folder of Hugging Face image parquet files
+  fake-scenes:COUNT    the same with masks of 5 classes
   scenes:PATH          images with masks, for segmentation (data/scenes.py)
   tfds:NAME            a prepared TensorFlow Datasets data set (array_record; read without TensorFlow)
 """
@@ -34,9 +35,18 @@ def make(spec: str, split: str, data_dir: str = '', holdout: float = 0.1) -> Any
   Sources without an evaluation split of their own hold out a fixed share (`holdout`) of their images.
   """
   kind, _, where = spec.partition(':')
-  makers = {'digits': Digits, 'fake': Fake, 'folder': Folder, 'list': ListFile, 'parquet': Parquet, 'scenes': scenes.Scenes, 'tfds': Tfds}
+  makers = {
+    'digits': Digits,
+    'fake': Fake,
+    'fake-scenes': FakeScenes,
+    'folder': Folder,
+    'list': ListFile,
+    'parquet': Parquet,
+    'scenes': scenes.Scenes,
+    'tfds': Tfds,
+  }
   if kind not in makers or split not in SPLITS:
-    known = 'digits, fake:COUNT, folder:PATH, list:FILE, parquet:PATH, scenes:PATH, tfds:NAME'
+    known = 'digits, fake:COUNT, fake-scenes:COUNT, folder:PATH, list:FILE, parquet:PATH, scenes:PATH, tfds:NAME'
     raise UserError(f'no data source {spec!r}; use one of {known} (split train or eval).')
   return makers[kind](where, split, data_dir=data_dir, holdout=holdout)
 
@@ -82,6 +92,23 @@ class Fake:
     coarse = rng.uniform(0, 200, (6, 6, 3)) + 55 * np.cos(label + np.arange(3))
     image = np.kron(coarse, np.ones((self.size // 6, self.size // 6, 1)))
     return dict(image=np.clip(image, 0, 255).astype(np.uint8), label=label)
+
+
+class FakeScenes(Fake):
+  """As Fake, with a mask of bands in as many colours as classes: 1 to 5, and 0 for none."""
+
+  classes_in_masks = 5
+
+  def __init__(self, where: str, split: str, **_):
+    super().__init__(where, split)
+    self.classes = None
+    self.mask_names = [f'mask {i}' for i in range(self.count)]
+
+  def __getitem__(self, i: int) -> dict:
+    rng = np.random.default_rng(i + self.offset)
+    mask = np.repeat(rng.integers(0, self.classes_in_masks + 1, 6), self.size // 6)[:, None] * np.ones((1, self.size), int)
+    image = mask[..., None] * np.array([40, 50, 30]) + rng.integers(0, 20, (self.size, self.size, 3))
+    return dict(image=image.astype(np.uint8), mask=mask.astype(np.int32))
 
 
 class Files:

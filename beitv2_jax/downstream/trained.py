@@ -134,7 +134,7 @@ class Model:
     calls = dict(
       tokens=lambda v, x: module.apply(v, x, method='tokens'),
       features=lambda v, x: module.apply(v, x)['features'],
-      logits=lambda v, x, mask: module.apply(v, x, mask),
+      logits=lambda v, x, mask: list(module.apply(v, x, mask)),
       scores=lambda v, x: module.apply(v, x)[0] if self.kind == 'segmenter' else module.apply(v, x),
       last=last,
       states=with_layers,

@@ -1,68 +1,14 @@
-"""What a stage trains. The loop in training/loop.py knows nothing but this interface.
+"""What a stage trains.
 
 `make(config)` returns a task and its frozen weights: those the stage uses but does not train (teacher, tokenizer). They are
 an argument of the jitted step, never part of its checkpoint.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
-from beitv2_jax.weights import adapt
-
-
-class Task:
-  """Base of all tasks: what a task can do, with what most need by default."""
-
-  config: Any
-
-  def init(self, key: jax.Array) -> dict:
-    """{'params': ..., and mutable collections such as 'codebook'}, with logical axis names in flax boxes."""
-    raise NotImplementedError
-
-  def adopt(self, theirs: Any, variables: Any, fresh: Any) -> Any:
-    """What `init_from` means: the variables of another stage (its config is `theirs`) in the shape of this one's `fresh` ones.
-
-    By default a model of the same task, whose position tables are resampled if its patch grid differs.
-    """
-    if theirs.task != self.config.task:
-      raise UserError(f'init_from holds a {theirs.task} stage; a {self.config.task} stage starts from one of its own kind.')
-    grids = config_lib.patch_grid(theirs), config_lib.patch_grid(self.config)
-    return variables if grids[0] == grids[1] else variables | {'params': adapt.fit_grid(variables['params'], *grids)}
-
-  def transforms(self, train: bool, source: Any) -> Sequence:
-    """Callables (record, rng) → record; see data/transforms.py. `source.classes` names the labels."""
-    raise NotImplementedError
-
-  def warm_start(self, params: Any, model_state: Any, frozen: Any, batch: dict, key: jax.Array) -> Any:
-    """A better model_state from the first global batch, once, before step 0 (k-means codebook). Jitted."""
-    return model_state
-
-  def loss(self, params: Any, model_state: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, tuple[Any, dict]]:
-    """(scalar, (statistics for `update`, scalar metrics)) of a training batch, or of a part of one."""
-    raise NotImplementedError
-
-  def update(self, model_state: Any, stats: Any, key: jax.Array, params: Any) -> tuple[Any, dict]:
-    """(new model_state, scalar metrics) from the statistics of a step's parts, stacked along a new first axis, and the new parameters."""
-    return model_state, {}
-
-  def warning(self, step: int, values: dict[str, float]) -> str | None:
-    """What is wrong with these training metrics and what to do, if anything is. Said once a run."""
-    return None
-
-  def evaluate(self, params: Any, model_state: Any, frozen: Any, batch: dict) -> dict[str, jax.Array]:
-    """{name: [B, ...]} values of every example; the loop averages them over the valid ones."""
-    raise NotImplementedError
-
-  def summarize(self, means: dict[str, Any]) -> dict[str, float]:
-    """Averages over the evaluation set (numpy, float64) → scalars to report."""
-    return {k: float(v) for k, v in means.items()}
-
-  def finish(self, params: Any, workdir: Any) -> None:
-    """What the stage leaves beside its checkpoint."""
+from beitv2_jax.tasks import classify, clip, pretrain, segment, tokenizer
+from beitv2_jax.tasks.base import Task
 
 
 def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
@@ -71,8 +17,6 @@ def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task,
   `source` is the training data, whose classes some tasks need. With `abstract` nothing is read: the frozen weights are shapes, of
   the released teacher and tokenizer.
   """
-  from beitv2_jax.tasks import classify, clip, pretrain, segment, tokenizer
-
   makers = {
     'clip': clip.make,
     'tokenizer': tokenizer.make,

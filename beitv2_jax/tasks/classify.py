@@ -15,7 +15,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.images import imagenet_images
-from beitv2_jax.tasks import Task
+from beitv2_jax.tasks.base import Task
 from beitv2_jax.weights import adapt, trees
 
 

@@ -17,7 +17,7 @@ from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import quantizer, teacher
 from beitv2_jax.models.images import CLIP_MEAN, CLIP_STD, normalize, unit_images
-from beitv2_jax.tasks import Task
+from beitv2_jax.tasks.base import Task
 
 BOS, EOS = 0, 1
 VOCAB = 4096

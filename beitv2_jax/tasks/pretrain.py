@@ -15,7 +15,8 @@ from beitv2_jax.models import from_config
 from beitv2_jax.models.images import imagenet_images, vqkd_images
 from beitv2_jax.models.mim import MIM
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.tasks import Task, tokenizer
+from beitv2_jax.tasks import tokenizer
+from beitv2_jax.tasks.base import Task
 
 
 def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:

@@ -14,7 +14,8 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config
 from beitv2_jax.models.images import imagenet_images
 from beitv2_jax.models.upernet import Segmenter, resample
-from beitv2_jax.tasks import Task, classify
+from beitv2_jax.tasks import classify
+from beitv2_jax.tasks.base import Task
 from beitv2_jax.tasks.scores import segmentation_scores
 
 HEADS = ('fpn', 'psp', 'lateral', 'classifier', 'aux')  # what no other stage has

@@ -13,7 +13,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config, quantizer, teacher
 from beitv2_jax.models.images import unit_images, vqkd_images
 from beitv2_jax.models.vqkd import VQKD
-from beitv2_jax.tasks import Task
+from beitv2_jax.tasks.base import Task
 from beitv2_jax.tasks.scores import code_statistics
 from beitv2_jax.weights import stages
 
@@ -38,7 +38,7 @@ def load(workdir: str, dtype: str) -> tuple[VQKD, Any, Any]:
     raise UserError('tokenizer_from is empty: give the workdir of a trained tokenizer, --config.tokenizer_from=WORKDIR.')
   if workdir == 'untrained':  # tiny and random, for smoke tests
     config = config_lib.base('tokenizer').unlock()
-    config.update(model=config_lib.tiny_tokenizer(), dtype=dtype)
+    config.update(model=config_lib.tiny_tokenizer(), dtype=dtype, quick_compile=True)
     config.model.teacher_width, config.data.image_size = 8, 32
     return from_config.build(config), jax.tree.map(np.asarray, from_config.fresh_variables(config)), config
   config, variables, _ = stages.load_variables(workdir, 'the workdir of a trained tokenizer')

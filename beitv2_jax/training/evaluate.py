@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beitv2_jax.tasks import Task
+from beitv2_jax.tasks.base import Task
 from beitv2_jax.training import sharding
 
 

@@ -20,7 +20,7 @@ from beitv2_jax import tasks
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import UserError
 from beitv2_jax.kernels import attention, chip, functions
-from beitv2_jax.training import evaluate, optim, process, sharding
+from beitv2_jax.training import evaluate, optim, sharding
 from beitv2_jax.training.checkpoint import Checkpoints
 from beitv2_jax.training.interruptions import Interrupted, Signals
 from beitv2_jax.training.lock import Lock
@@ -166,7 +166,7 @@ class Training:
       setup.sources['train'], setup.transforms['train'], batch=config.batch_size, start=start, workers=config.data.workers, **self._share()
     )
     train_step = make_train_step(setup.task, setup.optimizer, setup.schedule, config.accumulate, layout)
-    options, everywhere = process.compiler_options(config), sharding.replicated(mesh)
+    options, everywhere = config_lib.compiler_options(config), sharding.replicated(mesh)
     self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout.shardings, everywhere), compiler_options=options)
     self.eval_step = evaluate.make_eval_step(setup.task, mesh, options)
     self.gather = jax.jit(lambda variables: variables, out_shardings=layout.gathered)
@@ -215,7 +215,7 @@ class Training:
   def first_batch(self) -> dict[str, jax.Array]:
     batch, setup = self.pull(), self.setup
     if self.step == 0 and not setup.config.init_from:
-      options = process.compiler_options(setup.config)
+      options = config_lib.compiler_options(setup.config)
       warm_start = jax.jit(setup.task.warm_start, out_shardings=setup.layout.shardings.model_state, compiler_options=options)
       params = self.gather(self.state.split()[0])['params']
       self.state = self.state._replace(

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -13,12 +12,6 @@ def use_compilation_cache() -> None:
   """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', str(Path.home() / '.cache' / 'beitv2_jax' / 'xla'))
-
-
-def compiler_options(config: Any) -> dict[str, Any] | None:
-  """What the config asks of XLA, as jax.jit takes it."""
-  quick = config.get('quick_compile', False) and jax.default_backend() == 'cpu'
-  return dict(xla_backend_optimization_level=0) if quick else None
 
 
 def start_distributed(coordinator: str | None, processes: int | None, process: int | None, distributed: bool) -> None:

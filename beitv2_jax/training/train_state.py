@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from beitv2_jax.training import process, sharding
+from beitv2_jax import config as config_lib
+from beitv2_jax.training import sharding
 
 
 class TrainState(NamedTuple):
@@ -40,7 +41,8 @@ class StateLayout(NamedTuple):
 def state_layout(task: Any, optimizer: Any, mesh: Any, config: Any) -> StateLayout:
   """Plans the state of `task` on `mesh`, as the config's `mesh` section says. Raises UserError if an axis does not divide."""
   mesh_config = config.mesh
-  variables, gathered = sharding.variable_shardings(mesh, mesh_config.rules, task.init, jax.random.key(0))
+  make_variables = jax.jit(task.init)  # traced once, for shapes and for the program
+  variables, gathered = sharding.variable_shardings(mesh, mesh_config.rules, make_variables, jax.random.key(0))
   placed = gathered
   if mesh_config.shard_state:  # the parameters, and an average of them
     like = jax.tree.structure(variables['params'])
@@ -51,9 +53,9 @@ def state_layout(task: Any, optimizer: Any, mesh: Any, config: Any) -> StateLayo
   shardings = TrainState.join(placed, dict(step=sharding.replicated(mesh), opt_state=moments_placed))
 
   def init(key):
-    variables = sharding.unbox(task.init(key))
+    variables = sharding.unbox(make_variables(key))
     return TrainState.join(variables, dict(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(variables['params'])))
 
   return StateLayout(
-    abstract, shardings, gathered, jax.jit(init, out_shardings=shardings, compiler_options=process.compiler_options(config))
+    abstract, shardings, gathered, jax.jit(init, out_shardings=shardings, compiler_options=config_lib.compiler_options(config))
   )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from beitv2_jax.tasks import Task
+from beitv2_jax.tasks.base import Task
 from beitv2_jax.training.train_state import StateLayout, TrainState
 
 
