@@ -33,7 +33,18 @@ def test_the_chain_on_a_folder_of_images(tmp_path):
   assert 'linear probe %' in done.stdout and '--config=configs/demo.py:stage=vqkd' in done.stdout
 
 
-@pytest.mark.parametrize('recipe', ['beitv2_l16.py:smoke', 'vqkd_b16.py:smoke,teacher=dino,decoder=1'])
+RECIPES = ['beitv2_l16.py:smoke', 'ade20k_b16.py:smoke']
+MORE = [
+  'vqkd_b16.py:smoke,teacher=dino,decoder=1',
+  'beitv2_b16.py:smoke',
+  'vqkd_b16.py:smoke',
+  'finetune_b16.py:smoke',
+  'finetune_l16.py:smoke',
+  'ade20k_l16.py:smoke',
+]
+
+
+@pytest.mark.parametrize('recipe', [*RECIPES, *(pytest.param(r, marks=pytest.mark.slow) for r in MORE)])
 def test_smoke_recipes_train(tmp_path, recipe):
   done = run_main(f'--config=configs/{recipe}', f'--workdir={tmp_path}')
   assert done.returncode == 0, done.stderr[-3000:]

@@ -68,7 +68,7 @@ def test_no_room_imports_one_above_it():
 
 def test_nothing_imports_in_a_circle():
   order = list(graphlib.TopologicalSorter(graph()).static_order())  # raises CycleError, which names the circle
-  assert order.index('errors') < order.index('training.loop') < order.index('commands.demo')
+  assert set(order) == set(modules())
 
 
 def test_only_some_rooms_know_flax_and_data_knows_no_jax_on_the_host():

@@ -1,0 +1,112 @@
+"""Runs as processes: several of them, signals, a profile."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from beitv2_jax.configs import finetune_b16
+
+from beitv2_jax.training import loop, metrics
+from beitv2_jax.weights import stages
+from tests.conftest import main_command, main_env, run_main, smoke
+
+
+def losses(workdir):
+  return [(r['step'], r['loss'], r['grad_norm']) for r in metrics.read(workdir)]
+
+
+FSDP = (('heads', 'model'), ('mlp', 'model'), ('vocab', 'model'), ('embed', 'data'))
+
+
+FLAG = f'--config.mesh.rules={FSDP}'
+
+
+def two_processes(*args):
+  """Two processes of two devices each, through the same entry point."""
+  import socket
+
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  command = main_command(*args, f'--coordinator=localhost:{port}', '--processes=2')
+  started = [
+    subprocess.Popen([*command, f'--process={i}'], env=main_env(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for i in (0, 1)
+  ]
+  for p in started:
+    out, _ = p.communicate(timeout=400)
+    assert p.returncode == 0, out[-3000:]
+
+
+@pytest.fixture(scope='module')
+def wide(tmp_path_factory):
+  """A tokenizer whose matrices are large enough to be kept in parts."""
+  workdir = tmp_path_factory.mktemp('wide')
+  loop.run(smoke('tokenizer', model__encoder__width=128), workdir)
+  return workdir
+
+
+@pytest.mark.parametrize(
+  'layout',
+  [
+    [],
+    pytest.param(['--config.mesh.shard_state=False', '--config.mesh.model=2'], marks=pytest.mark.slow),
+    pytest.param([FLAG], marks=pytest.mark.slow),
+    [FLAG, '--config.mesh.model=2', '--config.layers.scan=True'],
+  ],
+  ids=['data', 'tensor', 'fsdp', 'mixed'],
+)
+def test_two_processes_give_the_numbers_of_one(wide, tmp_path, layout):
+  """And a single device goes on from what they saved."""
+  two_processes('--config=configs/vqkd_b16.py:smoke', f'--workdir={tmp_path}', '--config.model.encoder.width=128', *layout)
+  np.testing.assert_allclose(losses(tmp_path), losses(wide), rtol=1e-5)
+  assert stages.load_variables(tmp_path)[2] == 6
+  shutil.rmtree(tmp_path / 'checkpoints' / '6')
+  loop.run(smoke('tokenizer', model__encoder__width=128), tmp_path)
+  np.testing.assert_allclose(losses(tmp_path), losses(wide), rtol=1e-5)
+
+
+def test_two_processes_fine_tune(wide, tmp_path):
+  """A new head, which one process alone does not hold, and an average of the weights, kept in parts like them."""
+  args = ['--config.steps=2', '--config.ema_decay=0.5', f'--config.init_from={wide}', '--config.model.width=128', '--config.model.depth=2']
+  two_processes('--config=configs/finetune_b16.py:encoder,smoke', f'--workdir={tmp_path / "two"}', *args)
+  c = finetune_b16.get_config('encoder,smoke').unlock()
+  c.steps, c.ema_decay, c.init_from, c.model.width, c.model.depth, c.mesh.data = 2, 0.5, str(wide), 128, 2, 1
+  results = loop.run(c.lock(), tmp_path / 'one')
+  assert results['ema_loss'] != results['loss']
+  (theirs,) = metrics.read(tmp_path / 'two', 'eval')
+  for key, value in results.items():
+    assert theirs[key] == pytest.approx(value, rel=1e-5), key
+  np.testing.assert_allclose(losses(tmp_path / 'two'), losses(tmp_path / 'one'), rtol=1e-5)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_first(tmp_path, number):
+  args = ['--config=configs/beitv2_b16.py:smoke', f'--workdir={tmp_path}', '--config.steps=100000', '--config.checkpoint.every=100000']
+  process = subprocess.Popen(main_command(*args), env=main_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  path = tmp_path / 'metrics.jsonl'
+  deadline = time.time() + 240
+  while time.time() < deadline and process.poll() is None and not (path.exists() and path.read_text().count('\n') > 3):
+    time.sleep(0.2)
+  process.send_signal(number)
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 128 + number, out[-3000:]
+  assert 'goes on from there' in out
+  saved = stages.load_variables(tmp_path)[2]
+  assert saved == losses(tmp_path)[-1][0] >= 3
+
+
+def test_a_profile_of_some_steps(tmp_path):
+  done = run_main(
+    '--config=configs/vqkd_b16.py:smoke', f'--workdir={tmp_path}', '--config.steps=13', '--config.profile_steps=2', '--config.checkpoint.every=100'
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  read = [sys.executable, 'benchmarks/trace.py', str(tmp_path / 'profile')]
+  text = subprocess.run(read, capture_output=True, text=True, env=main_env(), check=True).stdout
+  busy, whole = (float(x) for x in re.search(r'busy ([\d.]+) of ([\d.]+) ms', text).groups())
+  assert 0 < busy <= whole
