@@ -3,7 +3,7 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Eight devices, and programs that are compiled quickly: they are small and run a few times.
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 import pathlib
 import subprocess
@@ -12,6 +12,8 @@ import sys
 import jax
 import pytest
 from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
+
+from beitv2_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
@@ -35,6 +37,16 @@ def smoke(task: str, **changes):
       node = node[p]
     node[last] = value
   return c.lock()
+
+
+def untrained(config, workdir, seed: int = 1) -> None:
+  """A directory with fresh weights of a config's model: what loads as a stage, without training one."""
+  from beitv2_jax.models import from_config
+  from beitv2_jax.weights import stages
+
+  workdir.mkdir()
+  config_lib.save(config, workdir)
+  stages.write_variables(workdir, 0, from_config.fresh_variables(config, seed))
 
 
 def run_main(*args: str, devices: int = 1, timeout: int = 300, **kwargs) -> subprocess.CompletedProcess:

@@ -7,15 +7,14 @@ import pytest
 import beitv2_jax
 from beitv2_jax.downstream import trained
 from beitv2_jax.errors import UserError
-from beitv2_jax.training import loop
-from tests.conftest import smoke
+from tests.conftest import smoke, untrained
 
 
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
   root = tmp_path_factory.mktemp('api')
-  loop.run(smoke('tokenizer', steps=1), root / 'tokenizer')
-  loop.run(smoke('pretrain', steps=1, tokenizer_from=str(root / 'tokenizer')), root / 'pretrain')
+  for task, changes in dict(tokenizer=dict(model__teacher_width=24), pretrain=dict(model__vocab=32)).items():
+    untrained(smoke(task, **changes), root / task)
   return beitv2_jax.load(root / 'tokenizer'), beitv2_jax.load(root / 'pretrain')
 
 

@@ -12,13 +12,10 @@ import pytest
 from PIL import Image
 
 from beitv2_jax import __main__, commands
-from beitv2_jax import config as config_lib
 from beitv2_jax.commands import arguments
 from beitv2_jax.downstream import features, trained
 from beitv2_jax.errors import SaveError, UserError
-from beitv2_jax.models import from_config
-from beitv2_jax.weights import stages
-from tests.conftest import ROOT, main_env, smoke
+from tests.conftest import ROOT, main_env, smoke, untrained
 
 
 def test_the_list_names_every_command(capsys):
@@ -100,14 +97,8 @@ def models(tmp_path_factory):
   """Untrained stages of three kinds, as directories."""
   root = tmp_path_factory.mktemp('models')
   for task in ('tokenizer', 'classifier', 'segmenter'):
-    config = smoke(task).unlock()
-    if task == 'tokenizer':
-      config.model.teacher_width = 8
-    else:
-      config.model.classes = 10
-    (root / task).mkdir()
-    config_lib.save(config, root / task)
-    stages.write_variables(root / task, 0, from_config.fresh_variables(config, seed=1))
+    changes = dict(model__teacher_width=8) if task == 'tokenizer' else dict(model__classes=10)
+    untrained(smoke(task, **changes), root / task)
   return root
 
 

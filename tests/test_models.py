@@ -131,18 +131,20 @@ def test_position_embedding_resize_is_bicubic():
   assert vit.resize_pos_embed(table, (4, 4), (4, 4)) is table
 
 
-@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
-def test_scanned_layers_drop_the_same_paths(remat):
+def test_scanned_layers_drop_the_same_paths():
   images, mask = jax.random.normal(jax.random.key(0), (4, 32, 32, 3)), jnp.zeros((4, 16), bool)
-  outs = []
-  for execution in (Execution(), Execution(scan=True, remat=remat)):
-    module = MIM(16, 4, 2, 8, (4, 4), 24, early_layer=3, layer_scale=1.0, drop_path=0.5, execution=execution)
-    variables = jax.jit(module.init)(jax.random.key(1), images)
-    apply = jax.jit(lambda v, m=module: m.apply(v, images, mask, train=True, rngs={'drop_path': jax.random.key(2)}))
-    outs.append(apply(nn.unbox(variables)))
-  for a, b in zip(*outs):
-    np.testing.assert_allclose(a, b, atol=1e-5)
-  assert np.abs(outs[0][0] - module.apply(nn.unbox(variables), images, mask)[0]).max() > 1e-6  # something was dropped
+  build = lambda execution: MIM(16, 4, 2, 8, (4, 4), 24, early_layer=3, layer_scale=1.0, drop_path=0.5, execution=execution)
+  variables = init(build(Execution()), images)
+
+  def apply(execution, **kwargs):
+    return jax.jit(lambda v: build(execution).apply(v, images, mask, **kwargs))(variables)
+
+  train = dict(train=True, rngs={'drop_path': jax.random.key(2)})
+  plain = apply(Execution(), **train)
+  for remat in ('none', 'dots', 'full'):
+    for a, b in zip(plain, apply(Execution(scan=True, remat=remat), **train)):
+      np.testing.assert_allclose(a, b, atol=1e-5, err_msg=remat)
+  assert np.abs(plain[0] - apply(Execution(scan=True))[0]).max() > 1e-6  # something was dropped
 
 
 def values_and_gradients(f, *args):

@@ -54,7 +54,7 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize(
   'layout',
   [
-    [],
+    pytest.param([], marks=pytest.mark.slow),
     pytest.param(['--config.mesh.shard_state=False', '--config.mesh.model=2'], marks=pytest.mark.slow),
     pytest.param([FLAG], marks=pytest.mark.slow),
     [FLAG, '--config.mesh.model=2', '--config.layers.scan=True'],

@@ -204,15 +204,7 @@ def test_predicted_masks(trained, folder, tmp_path):
   assert sum(result['classes'].values()) == pytest.approx(100, abs=0.1)
 
 
-def test_sizes_devices_and_starting_points(trained, folder, tmp_path):
-  """The same loss on two devices (batch norm over both); another size or class count is said in words."""
-  one, two = (loop.run(recipe(folder, steps=2, batch_size=8, eval_batch_size=8, mesh__data=d), tmp_path / str(d)) for d in (1, 2))
-  for key in one:
-    assert one[key] == pytest.approx(two[key], abs=0.5)
-  from beitv2_jax.training import metrics
-
-  a, b = ([r['loss'] for r in metrics.read(tmp_path / str(d))] for d in (1, 2))
-  np.testing.assert_allclose(a, b, rtol=1e-4)
+def test_other_sizes_and_data_are_said_in_words(trained, folder, tmp_path):
   with pytest.raises(UserError, match='depth 3 there, 5 here'):
     loop.run(recipe(folder, init_from=str(trained[0]), model__depth=5), tmp_path / 'x')
   with pytest.raises(UserError, match='names 3 classes, model.classes is 4'):

@@ -11,14 +11,13 @@ import beitv2_jax
 from beitv2_jax import commands
 from beitv2_jax.downstream.codes import tokenize
 from beitv2_jax.downstream.image_files import find_images
-from beitv2_jax.training import loop
-from tests.conftest import smoke
+from tests.conftest import smoke, untrained
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   root = tmp_path_factory.mktemp('tokenize')
-  loop.run(smoke('tokenizer', steps=1), root / 'vqkd')
+  untrained(smoke('tokenizer', model__teacher_width=8), root / 'vqkd')
   (root / 'images').mkdir()
   rng = np.random.default_rng(0)
   for i in range(5):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy import optimize
 
 from beitv2_jax.progress import bar
 
@@ -41,34 +42,34 @@ def moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return mean.astype(np.float32), (std + 1e-6).astype(np.float32)
 
 
-def fit_linear(x: np.ndarray, y: np.ndarray, classes: int, decay: float = 1e-3, steps: int = 200) -> tuple[jax.Array, jax.Array]:
-  """Multinomial logistic regression by L-BFGS: minimises mean cross-entropy + decay/2·‖W‖². Returns (W [D, k], b [k])."""
-  return _fit(jnp.asarray(x, jnp.float32), jnp.asarray(y), jnp.zeros((x.shape[1], classes)), decay, steps)
+def fit_linear(x: np.ndarray, y: np.ndarray, classes: int, decay: float = 1e-3, steps: int = 200) -> tuple[np.ndarray, np.ndarray]:
+  """Multinomial logistic regression by L-BFGS: minimises mean cross-entropy + decay/2·‖W‖². Returns (W [D, k], b [k]).
+
+  scipy walks, XLA computes value and gradient: a solver inside the program would take seconds to compile for every shape.
+  """
+  features, labels, width = jnp.asarray(x, jnp.float32), jnp.asarray(y), x.shape[1]
+
+  def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+    value, grad = _logistic(jnp.asarray(flat.reshape(width + 1, classes), jnp.float32), features, labels, decay)
+    return float(value), np.asarray(grad, np.float64).ravel()
+
+  best = optimize.minimize(objective, np.zeros((width + 1) * classes), jac=True, method='L-BFGS-B', options=dict(maxiter=steps)).x
+  weights = best.reshape(width + 1, classes).astype(np.float32)
+  return weights[:-1], weights[-1]
 
 
-@jax.jit(static_argnames='steps')
-def _fit(x, y, weights, decay, steps):
-  def loss(params):
-    w, b = params
-    return optax.softmax_cross_entropy_with_integer_labels(x @ w + b, y).mean() + decay / 2 * (w * w).sum()
-
-  solver = optax.lbfgs()
-  value_and_grad = optax.value_and_grad_from_state(loss)
-
-  def step(carry, _):
-    params, state = carry
-    value, grad = value_and_grad(params, state=state)
-    updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=loss)
-    return (optax.apply_updates(params, updates), state), None
-
-  params = (weights, jnp.zeros(weights.shape[1]))
-  return jax.lax.scan(step, (params, solver.init(params)), None, steps)[0][0]
+@jax.jit
+@jax.value_and_grad
+def _logistic(weights, x, y, decay):
+  """Loss of weights [D + 1, k], whose last row is the bias."""
+  logits = x @ weights[:-1] + weights[-1]
+  return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean() + decay / 2 * (weights[:-1] ** 2).sum()
 
 
 def linear_probe(train, train_labels, test, test_labels, decay: float = 1e-3) -> float:
   """% test accuracy of a linear classifier on frozen features."""
   w, b = fit_linear(train, train_labels, int(train_labels.max()) + 1, decay)
-  return 100 * float((np.asarray(jnp.asarray(test) @ w + b).argmax(-1) == test_labels).mean())
+  return 100 * float(((np.asarray(test, np.float32) @ w + b).argmax(-1) == test_labels).mean())
 
 
 def few_label_probe(train, train_labels, test, test_labels, labels: int = 5, draws: int = 3) -> float:
