@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,52 +84,48 @@ def topology_devices(name: str) -> list:
     raise UserError(f"the TPU compiler does not give {name} ({first}). It needs libtpu: pip install -e '.[aot]'.") from e
 
 
-def abstract_batch(c: Any, mesh: Any, part: str) -> dict[str, jax.ShapeDtypeStruct]:
-  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-  like = lambda shape, dtype: jax.ShapeDtypeStruct((c.batch_size, *shape), dtype, sharding=split)
-  batch = {'image': like(config_lib.image_shape(c), jnp.uint8)}
-  if c.task == 'classifier':
+def abstract_batch(config: Any, mesh: Any, part: str) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of a training batch, split over the mesh's `data` axis."""
+  like = lambda shape, dtype: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding.split_rows(mesh))
+  batch = {'image': like(config_lib.image_shape(config), jnp.uint8)}
+  if config.task == 'classifier':
     batch['label'] = like((), jnp.int32)
-  if c.task == 'segmenter':
-    batch['mask'] = like(config_lib.image_shape(c)[:2], jnp.uint8)
-  if 'mask' in c:
-    batch['mask_index'] = like((c.mask.count,), jnp.int32)
+  if config.task == 'segmenter':
+    batch['mask'] = like(config_lib.image_shape(config)[:2], jnp.uint8)
+  if 'mask' in config:
+    batch['mask_index'] = like((config.mask.count,), jnp.int32)
     if part == 'student':
-      batch['codes'] = like((int(np.prod(config_lib.patch_grid(c))),), jnp.int32)
+      batch['codes'] = like((int(np.prod(config_lib.patch_grid(config))),), jnp.int32)
   return batch
 
 
-def lower(c: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
-  """(lowered program, mesh, abstract state) of a config's step on these devices."""
-  mesh = sharding.make_mesh(c.mesh.data, c.mesh.model, devices)
+def lower(config: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
+  """(lowered program, mesh, abstract state) of a config's step on these devices, or of the `part` of it."""
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
   data = mesh.shape['data']
-  if c.batch_size % (data * c.accumulate):
-    raise UserError(f'batch_size={c.batch_size} does not divide over {data} chips x accumulate={c.accumulate}; give --config.batch_size.')
-  task, frozen = tasks.make(c, abstract=True)
+  if config.batch_size % (data * config.accumulate):
+    raise UserError(
+      f'batch_size={config.batch_size} does not divide over {data} chips x accumulate={config.accumulate}; give --config.batch_size.'
+    )
+  if part in ('frozen', 'student') and config.task != 'pretrain':
+    raise UserError(f'--part={part} is for pretraining configs.')
+  task, frozen = tasks.make(config, abstract=True)
   everywhere = sharding.replicated(mesh)
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
   frozen, key = jax.tree.map(place, frozen), place(jax.eval_shape(lambda: jax.random.key(0)))
-  batch = abstract_batch(c, mesh, part)
-  tx, schedule = optim.make(c.optim, 1000, 10)
-  layout = state_layout(task, tx, mesh, c)
+  batch = abstract_batch(config, mesh, part)
+  optimizer, schedule = optim.make(config.optim, 1000, 10)
+  layout = state_layout(task, optimizer, mesh, config)
   state = layout.targets()
-  if part == 'init':
-    with jax.set_mesh(mesh):
-      return layout.init.lower(key), mesh, state
-  if part == 'frozen':
-    if c.task != 'pretrain':
-      raise UserError('--part=frozen looks at the frozen tokenizer of a pretraining config.')
-
-    tokenizer: Any = task.tokenizer  # ty: ignore[missing-attribute]
-    run = jax.jit(lambda frozen, image: tokenizer.apply(frozen, vqkd_images(image), method='tokens'))
-    state = TrainState(state.step, frozen, {}, {})
-    with jax.set_mesh(mesh):
-      return run.lower(frozen, batch['image']), mesh, state
-  if part == 'student' and c.task != 'pretrain':
-    raise UserError('--part=student is for pretraining configs.')
-  step = make_train_step(task, tx, schedule, c.accumulate, layout)
-  step = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, everywhere))
   with jax.set_mesh(mesh):
+    if part == 'init':
+      return layout.init.lower(key), mesh, state
+    if part == 'frozen':
+      tokenizer: Any = task.tokenizer  # ty: ignore[missing-attribute]
+      codes = jax.jit(lambda frozen, image: tokenizer.apply(frozen, vqkd_images(image), method='tokens'))
+      return codes.lower(frozen, batch['image']), mesh, TrainState(state.step, frozen, {}, {})
+    step = make_train_step(task, optimizer, schedule, config.accumulate, layout)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, everywhere))
     return step.lower(state, {} if part == 'student' else frozen, batch, key), mesh, state
 
 
@@ -136,97 +133,110 @@ def bytes_per_chip(tree: Any) -> int:
   return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def report(c: Any, topology: str, part: str = 'step', keep_hlo: str | None = None) -> dict[str, Any]:
-  """Compiles and reads the program. Times are compiler estimates."""
+def report(config: Any, topology: str, part: str = 'step', keep_hlo: str | Path | None = None) -> dict[str, Any]:
+  """Compiles and reads the program. Times are compiler estimates, but for `compile_seconds`, which were measured here."""
   devices = topology_devices(topology)
   chip = CHIPS[topology.partition(':')[0]]
-  per_chip = len({tuple(d.coords) for d in devices})
-  start = time.monotonic()
-  lowered, mesh, state = lower(c, devices, part)
+  chips = len({tuple(d.coords) for d in devices})
+  began, spent = time.monotonic(), time.process_time()
+  lowered, mesh, state = lower(config, devices, part)
   compiled = lowered.compile()
-  seconds = time.monotonic() - start
-  lengths = schedule_lengths()
-  cores = 2 if chip.two_cores and per_chip == len(devices) else 1
-
-  def kernel_cycles(names, turns, moved):
-    """As long as its schedule, one instruction a cycle, or as its bytes take: memory stalls are not in the schedule."""
-    length = max((lengths[n] for n in names if n in lengths), default=None)
-    return None if length is None else max(length * turns // cores, int(moved / chip.bandwidth * chip.clock))
-
-  try:
-    text = compiled.as_text()
-  except jax.errors.JaxRuntimeError as e:
-    raise UserError(
-      f'jax {jax.__version__} cannot read the program that libtpu made for {topology} ({str(e).splitlines()[0][:120]}). jax 0.11.2, which '
-      'needs Python 3.12, can.'
-    ) from e
+  seconds, cpu_seconds = time.monotonic() - began, time.process_time() - spent
+  text = _text(compiled, topology)
   if keep_hlo:
     Path(keep_hlo).write_text(text)
-  program = hlo.Program(text, kernel_cycles)
+  program = hlo.Program(text, kernel_cycles(chip, schedule_lengths(), 2 if chip.two_cores and chips == len(devices) else 1))
   memory = compiled.memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  needed = flops.per_image(c)
-  per_image = {'step': sum(needed.values()), 'student': needed['student'], 'frozen': sum(v for k, v in needed.items() if k != 'student')}[
-    part
-  ]
-  images = c.batch_size / per_chip
+  operations, images = operations_per_image(config, part), config.batch_size / chips
   moved = program.collectives()
   compute = program.cycles() / chip.clock / 1e9
   linked = sum(m['bytes'] for m in moved) / (chip.links * 1e9)
   rate = images / compute if compute else float('nan')
   return dict(
-    topology=topology, chips=per_chip, mesh=dict(mesh.shape), task=c.task, part=part, batch_size=c.batch_size, images_per_chip=images,
-    compile_seconds=round(seconds, 1),
+    topology=topology, chips=chips, mesh=dict(mesh.shape), task=config.task, part=part, batch_size=config.batch_size, images_per_chip=images,
+    compile_seconds=round(seconds, 1), compile_cpu_seconds=round(cpu_seconds, 1),
     memory=dict(
       parameters=bytes_per_chip(state.params), optimizer=bytes_per_chip(state.opt_state), temporary=memory.temp_size_in_bytes,
       total=used, chip=int(chip.memory * 2**30), fits=used < chip.memory * 2**30,
     ),
-    model_gflop_per_image=per_image / 1e9,
+    model_gflop_per_image=operations / 1e9,
     cycles=program.cycles(), seconds=compute, collective_seconds=linked,
-    images_per_second_chip=rate, share_of_peak=rate * per_image / (chip.peak * 1e12),
+    images_per_second_chip=rate, share_of_peak=rate * operations / (chip.peak * 1e12),
     images_per_second_chip_no_overlap=images / (compute + linked) if compute else float('nan'),
     collectives=moved, operations=program.dearest(), without_estimate=program.without_estimate(), unknown_loops=program.unknown_loops,
   )  # fmt: skip
 
 
-def advice(c: Any, r: dict) -> str:
-  if r['memory']['fits']:
+def _text(compiled: Any, topology: str) -> str:
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError as e:
+    raise UserError(
+      f'jax {jax.__version__} cannot read the program that libtpu made for {topology} ({str(e).splitlines()[0][:120]}). jax 0.11.2, which '
+      'needs Python 3.12, can.'
+    ) from e
+
+
+def kernel_cycles(chip: Chip, lengths: dict[str, int], cores: int) -> Callable:
+  """How hlo.Program counts a kernel of ours: as long as its schedule, one instruction a cycle, or as its bytes take.
+
+  Memory stalls are not in the schedule.
+  """
+
+  def cycles(names: list[str], turns: int, moved: int) -> int | None:
+    length = max((lengths[n] for n in names if n in lengths), default=None)
+    return None if length is None else max(length * turns // cores, int(moved / chip.bandwidth * chip.clock))
+
+  return cycles
+
+
+def operations_per_image(config: Any, part: str) -> float:
+  """Operations that `part` of a step needs for one image, by formula; none for the initialisation."""
+  if part == 'init':
+    return 0.0
+  needed = flops.per_image(config)
+  return {'step': sum(needed.values()), 'student': needed['student'], 'frozen': sum(v for k, v in needed.items() if k != 'student')}[part]
+
+
+def advice(config: Any, result: dict) -> str:
+  if result['memory']['fits']:
     return ''
   steps = []
-  if c.layers.remat == 'none':
+  if config.layers.remat == 'none':
     steps.append('--config.layers.remat=dots (or full)')
-  steps.append(f'--config.accumulate={2 * c.accumulate}')
+  steps.append(f'--config.accumulate={2 * config.accumulate}')
   steps.append(
     "sharding the parameters also while they are used (FSDP): --config.mesh.rules=\"(('heads','model'),('mlp','model'),('vocab','model'),('embed','data'))\""
   )
   return 'It does not fit. Try ' + ', '.join(steps) + ', or a larger slice.'
 
 
-def show(r: dict, top: int) -> str:
+def show(result: dict, top: int) -> str:
   gib = lambda n: f'{n / 2**30:.2f} GiB'
-  m = r['memory']
+  memory = result['memory']
   lines = [
-    f'{r["task"]} ({r["part"]}) on {r["topology"]}: {r["chips"]} chips, mesh {r["mesh"]}, {r["images_per_chip"]:g} images a chip; compiled in {r["compile_seconds"]} s',
+    f'{result["task"]} ({result["part"]}) on {result["topology"]}: {result["chips"]} chips, mesh {result["mesh"]}, {result["images_per_chip"]:g} images a chip; compiled in {result["compile_seconds"]} s ({result["compile_cpu_seconds"]} s of CPU)',
     '',
-    f'memory a chip       {gib(m["total"])} of {gib(m["chip"])}{"" if m["fits"] else "   DOES NOT FIT"}',
-    f'  parameters        {gib(m["parameters"])}',
-    f'  optimizer         {gib(m["optimizer"])}',
-    f'  temporaries       {gib(m["temporary"])} (activations, gradients)',
-    f'model operations    {r["model_gflop_per_image"]:.1f} GFLOP an image',
-    f'compiler estimate   {r["cycles"] / 1e6:.1f} M cycles, {1e3 * r["seconds"]:.1f} ms a step',
-    f'                    {r["images_per_second_chip"]:,.0f} images/s a chip, {100 * r["share_of_peak"]:.1f} % of peak, if collectives hide behind compute',
-    f"                    {r['images_per_second_chip_no_overlap']:,.0f} images/s a chip if none of them does ({1e3 * r['collective_seconds']:.1f} ms at the links' bandwidth)",
+    f'memory a chip       {gib(memory["total"])} of {gib(memory["chip"])}{"" if memory["fits"] else "   DOES NOT FIT"}',
+    f'  parameters        {gib(memory["parameters"])}',
+    f'  optimizer         {gib(memory["optimizer"])}',
+    f'  temporaries       {gib(memory["temporary"])} (activations, gradients)',
+    f'model operations    {result["model_gflop_per_image"]:.1f} GFLOP an image',
+    f'compiler estimate   {result["cycles"] / 1e6:.1f} M cycles, {1e3 * result["seconds"]:.1f} ms a step',
+    f'                    {result["images_per_second_chip"]:,.0f} images/s a chip, {100 * result["share_of_peak"]:.1f} % of peak, if collectives hide behind compute',
+    f"                    {result['images_per_second_chip_no_overlap']:,.0f} images/s a chip if none of them does ({1e3 * result['collective_seconds']:.1f} ms at the links' bandwidth)",
     '',
   ]
-  if r['collectives']:
+  if result['collectives']:
     lines += ['collectives             times a step       bytes a chip']
-    lines += [f'  {x["kind"]:22s}{x["count"]:10d}{gib(x["bytes"]):>20s}' for x in r['collectives']] + ['']
+    lines += [f'  {x["kind"]:22s}{x["count"]:10d}{gib(x["bytes"]):>20s}' for x in result['collectives']] + ['']
   lines += ['dearest operations (compiler estimate)      share   times']
-  total = max(r['cycles'], 1)
-  lines += [f'  {x["name"][:60]:60s}{100 * x["cycles"] / total:6.1f} %{x["count"]:6d}' for x in r['operations'][:top]]
-  if r['without_estimate']:
-    kinds = ', '.join(f'{k} ({n})' for k, n in r['without_estimate'].items())
+  total = max(result['cycles'], 1)
+  lines += [f'  {x["name"][:60]:60s}{100 * x["cycles"] / total:6.1f} %{x["count"]:6d}' for x in result['operations'][:top]]
+  if result['without_estimate']:
+    kinds = ', '.join(f'{k} ({n})' for k, n in result['without_estimate'].items())
     lines += ['', f'without an estimate, so not in the time: {kinds}']
-  if r['unknown_loops']:
-    lines.append(f'{r["unknown_loops"]} loops whose number of turns is not in the program count as one turn.')
+  if result['unknown_loops']:
+    lines.append(f'{result["unknown_loops"]} loops whose number of turns is not in the program count as one turn.')
   return '\n'.join(lines)

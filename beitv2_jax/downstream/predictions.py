@@ -1,6 +1,7 @@
 """What a model says of single images: the best classes, or a mask drawn over them."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ from beitv2_jax.downstream.image_files import prepared
 from beitv2_jax.progress import bar
 
 
-def classes(model: Any, paths: list[Path], top: int = 5, crop_pct: float = 0.875, batch: int = 32):
+def classes(model: Any, paths: list[Path], top: int = 5, crop_pct: float = 0.875, batch: int = 32) -> Iterator[dict]:
   """Yields dict(file, classes=[(name, probability), ...]) of every image that decodes."""
-
   names = model_classes(model.config)
   for files, images in prepared(paths, model.config.data.image_size, batch, crop_pct):
     probabilities = np.asarray(jax.nn.softmax(trained.in_batches(model.logits, images, batch=batch)))
@@ -34,11 +34,11 @@ def palette(count: int) -> np.ndarray:
   return np.array(Image.fromarray(hsv[None], 'HSV').convert('RGB'))[0]
 
 
-def masks(model: Any, paths: list[Path], out: Path, mode: str = 'slide', flip: bool = False):
+def masks(model: Any, paths: list[Path], out: Path, mode: str = 'slide', flip: bool = False) -> Iterator[dict]:
   """Writes mask and overlay of every image that decodes; yields dict(file, mask, overlay, classes={name: share in %})."""
-
   names, colours = model_classes(model.config), palette(model.config.model.classes)
   out.mkdir(parents=True, exist_ok=True)
+  written: dict[str, int] = {}
   for path in bar(paths, 'images'):
     try:
       image = transforms.decode(path.read_bytes())
@@ -46,7 +46,9 @@ def masks(model: Any, paths: list[Path], out: Path, mode: str = 'slide', flip: b
       print(f'warning: {path} does not decode ({type(e).__name__}); left out.', file=sys.stderr)
       continue
     best = segmentation.predict(model.logits, image, config_lib.image_shape(model.config)[:2], mode=mode, flip=flip)
-    files = [out / f'{path.stem}_{what}.png' for what in ('mask', 'overlay')]
+    name, written = path.stem, written | {path.stem: written.get(path.stem, 0) + 1}
+    name += f'_{written[name]}' if written[name] > 1 else ''  # images of one name in several folders
+    files = [out / f'{name}_{what}.png' for what in ('mask', 'overlay')]
     Image.fromarray(best.astype(np.uint8)).save(files[0])
     Image.fromarray((0.5 * image + 0.5 * colours[best]).astype(np.uint8)).save(files[1])
     share = 100 * np.bincount(best.ravel(), minlength=len(names)) / best.size

@@ -1,8 +1,9 @@
 """One run at a time in a workdir.
 
-Two runs that write the same checkpoints destroy both. The first one leaves `run.lock` with its host and process, and touches it
-every few seconds. A killed run leaves the file behind: a dead process of this machine is seen at once, one of another machine
-because nobody touches the file. Clocks of different machines are never compared.
+Two runs that write the same checkpoints destroy both. The first one leaves `run.lock` with its host and process, and writes it again
+every few seconds, counting. A killed run leaves the file behind: a dead process of this machine is seen at once, one of another
+machine because nobody counts on. No clocks are compared, and only the file's content is looked at: shared file systems cache the
+rest.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from beitv2_jax.errors import UserError
 
-BEAT = 10.0  # seconds between two touches
+BEAT = 10.0  # seconds from one count to the next
 STALE = 45.0  # seconds without one after which the run is taken for dead
 
 
@@ -62,7 +63,7 @@ class Lock:
     now = time.strftime('%Y-%m-%d %H:%M:%S %Z')
     self.ours = dict(host=socket.gethostname(), machine=_machine(), pid=os.getpid(), birth=_birth(os.getpid()), since=now)
     self.stop = threading.Event()
-    self.thread = threading.Thread(target=self._touch, daemon=True)
+    self.thread = threading.Thread(target=self._count, daemon=True)
 
   def __enter__(self) -> 'Lock':
     refused: UserError | None = None
@@ -110,24 +111,27 @@ class Lock:
         self.path.unlink()
 
   def _owner(self) -> dict[str, Any]:
-    """What the lock says; {} if there is none, or it is not written yet."""
+    """Whose the lock is; {} if there is none, or it is being written."""
     try:
-      return json.loads(self.path.read_text())
+      return {k: v for k, v in json.loads(self.path.read_text()).items() if k != 'count'}
     except (OSError, ValueError):
       return {}
 
   def _silent(self) -> bool:
-    """Waits until somebody touches the lock (False) or nobody has for long enough (True)."""
-    stamp = lambda: self.path.stat().st_mtime_ns if self.path.exists() else 0
-    first, until = stamp(), time.monotonic() + self.stale
+    """Waits until the lock changes (False) or has not for long enough (True)."""
+    content = lambda: self.path.read_bytes() if self.path.exists() else b''
+    first, until = content(), time.monotonic() + self.stale
     print(f'{self.path} is there: waiting up to {self.stale:.0f} s to see whether its run is alive.', file=sys.stderr)
     while time.monotonic() < until:
       time.sleep(min(self.beat, self.stale) / 10)
-      if stamp() != first:
+      if content() != first:
         return False
     return True
 
-  def _touch(self) -> None:
+  def _count(self) -> None:
+    count = 0
     while not self.stop.wait(self.beat):
+      count += 1
       with contextlib.suppress(OSError):
-        os.utime(self.path)
+        if self._owner() == self.ours:  # or it was taken over while this process was halted
+          self.path.write_text(json.dumps(self.ours | dict(count=count)))
