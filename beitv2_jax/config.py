@@ -130,63 +130,63 @@ def tiny_tokenizer() -> ConfigDict:
   return tokenizer_model(patch_size=8, encoder=dict(depth=2, **side), decoder=dict(depth=1, **side), codes=32, code_dim=8)
 
 
-def image_shape(c: Any) -> tuple[int, int, int]:
+def image_shape(config: Any) -> tuple[int, int, int]:
   """(h, w, 3) of the model's input; data.image_size is a side, or (h, w)."""
-  size = c.data.image_size
+  size = config.data.image_size
   return (size, size, 3) if isinstance(size, int) else (*size, 3)
 
 
-def patch_grid(c: Any) -> tuple[int, int]:
-  h, w, _ = image_shape(c)
-  return h // c.model.patch_size, w // c.model.patch_size
+def patch_grid(config: Any) -> tuple[int, int]:
+  h, w, _ = image_shape(config)
+  return h // config.model.patch_size, w // config.model.patch_size
 
 
-def layers(c: Any) -> dict[str, Any]:
+def layers(config: Any) -> dict[str, Any]:
   """How the blocks are run; not part of what the model is, so a config without it (an imported one) will do."""
-  return dict(c.get('layers', {}))
+  return dict(config.get('layers', {}))
 
 
-def compiler_options(c: Any) -> dict[str, Any] | None:
+def compiler_options(config: Any) -> dict[str, Any] | None:
   """What `quick_compile` asks of XLA, as jax.jit takes it. The same programs, with another rounding here and there."""
-  quick = c.get('quick_compile', False) and jax.default_backend() == 'cpu'
+  quick = config.get('quick_compile', False) and jax.default_backend() == 'cpu'
   return dict(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=False) if quick else None
 
 
-def head_dims(c: Any) -> set[int]:
+def head_dims(config: Any) -> set[int]:
   """Widths of the attention heads of all models in a config."""
-  inner = set().union(*(head_dims(v) for v in c.values() if isinstance(v, ConfigDict)))
-  return inner | ({c['width'] // c['heads']} if 'heads' in c and 'width' in c else set())
+  inner = set().union(*(head_dims(v) for v in config.values() if isinstance(v, ConfigDict)))
+  return inner | ({config['width'] // config['heads']} if 'heads' in config and 'width' in config else set())
 
 
-def check(c: ConfigDict) -> None:
+def check(config: ConfigDict) -> None:
   """Errors that can be seen before data is read or a model is made. Raises UserError."""
-  devices, model = jax.device_count(), c.mesh.model
-  if model < 1 or devices % model or (c.mesh.data > 0 and not _fits(c.mesh.data * model, devices)):
-    raise UserError(f'mesh.data={c.mesh.data} x mesh.model={model} does not fit {devices} devices; data=-1 takes what model leaves.')
-  data = c.mesh.data if c.mesh.data > 0 else devices // model
+  devices, model = jax.device_count(), config.mesh.model
+  if model < 1 or devices % model or (config.mesh.data > 0 and not _fits(config.mesh.data * model, devices)):
+    raise UserError(f'mesh.data={config.mesh.data} x mesh.model={model} does not fit {devices} devices; data=-1 takes what model leaves.')
+  data = config.mesh.data if config.mesh.data > 0 else devices // model
   for name in ('batch_size', 'eval_batch_size'):
-    size = c[name] or c.batch_size
+    size = config[name] or config.batch_size
     if size < 1 or size % data or size % jax.process_count():
       raise UserError(
         f'{name}={size} does not divide over {data} data devices on {jax.process_count()} processes; use a multiple of {data}.'
       )
-  patch = c.model.get('patch_size') if 'model' in c else None
-  if patch and any(side % patch for side in np.atleast_1d(c.data.image_size)):
-    raise UserError(f'data.image_size={c.data.image_size} is not a multiple of model.patch_size={patch}.')
-  if c.accumulate < 1 or c.batch_size % (data * c.accumulate):
-    raise UserError(f'batch_size={c.batch_size} does not divide into accumulate={c.accumulate} parts on {data} data devices.')
-  if c.layers.remat not in ('none', 'dots', 'full'):
-    raise UserError(f"layers.remat={c.layers.remat!r}; use 'none', 'dots' or 'full'.")
-  if c.layers.attention not in ('auto', 'xla', 'tpu', 'gpu'):
-    raise UserError(f"layers.attention={c.layers.attention!r}; use 'auto', 'xla', 'tpu' or 'gpu'.")
-  if c.data.resize not in ('fast', 'pillow'):
-    raise UserError(f"data.resize={c.data.resize!r}; use 'fast' or 'pillow'.")
-  if c.optim.schedule not in ('cosine', 'linear'):
-    raise UserError(f"optim.schedule={c.optim.schedule!r}; use 'cosine' or 'linear'.")
-  if c.optim.first_moment not in ('bfloat16', 'float32'):
-    raise UserError(f"optim.first_moment={c.optim.first_moment!r}; use 'bfloat16' or 'float32'.")
-  if c.dtype not in ('bfloat16', 'float32'):
-    raise UserError(f"dtype={c.dtype!r}; use 'bfloat16' or 'float32'.")
+  patch = config.model.get('patch_size') if 'model' in config else None
+  if patch and any(side % patch for side in np.atleast_1d(config.data.image_size)):
+    raise UserError(f'data.image_size={config.data.image_size} is not a multiple of model.patch_size={patch}.')
+  if config.accumulate < 1 or config.batch_size % (data * config.accumulate):
+    raise UserError(f'batch_size={config.batch_size} does not divide into accumulate={config.accumulate} parts on {data} data devices.')
+  if config.layers.remat not in ('none', 'dots', 'full'):
+    raise UserError(f"layers.remat={config.layers.remat!r}; use 'none', 'dots' or 'full'.")
+  if config.layers.attention not in ('auto', 'xla', 'tpu', 'gpu'):
+    raise UserError(f"layers.attention={config.layers.attention!r}; use 'auto', 'xla', 'tpu' or 'gpu'.")
+  if config.data.resize not in ('fast', 'pillow'):
+    raise UserError(f"data.resize={config.data.resize!r}; use 'fast' or 'pillow'.")
+  if config.optim.schedule not in ('cosine', 'linear'):
+    raise UserError(f"optim.schedule={config.optim.schedule!r}; use 'cosine' or 'linear'.")
+  if config.optim.first_moment not in ('bfloat16', 'float32'):
+    raise UserError(f"optim.first_moment={config.optim.first_moment!r}; use 'bfloat16' or 'float32'.")
+  if config.dtype not in ('bfloat16', 'float32'):
+    raise UserError(f"dtype={config.dtype!r}; use 'bfloat16' or 'float32'.")
 
 
 def _fits(wanted: int, devices: int) -> bool:
@@ -194,10 +194,10 @@ def _fits(wanted: int, devices: int) -> bool:
   return wanted == devices or (wanted < devices and jax.process_count() == 1)
 
 
-def save(c: ConfigDict, workdir: str | Path) -> None:
+def save(config: ConfigDict, workdir: str | Path) -> None:
   path = Path(workdir) / 'config.json'
   tmp = path.with_suffix('.tmp')
-  tmp.write_text(c.to_json_best_effort(indent=2))
+  tmp.write_text(config.to_json_best_effort(indent=2))
   tmp.rename(path)
 
 

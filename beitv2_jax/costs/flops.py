@@ -57,26 +57,26 @@ def segmenter(m: Any, patches: int) -> float:
   return backbone + pyramid + pooled + maps + head + aux
 
 
-def per_image(c: Any, tokenizer: Any = None) -> dict[str, float]:
+def per_image(config: Any, tokenizer: Any = None) -> dict[str, float]:
   """{part: operations of one training step for one image} of a config.
 
   `tokenizer` is the model section of the frozen tokenizer's config (the released one's if not given). The teacher of a tokenizer
   is taken to be as large as its encoder, as CLIP ViT-B/16 is.
   """
-  patches = math.prod(config_lib.patch_grid(c))
-  m = c.model
-  if c.task == 'tokenizer':
+  patches = math.prod(config_lib.patch_grid(config))
+  m = config.model
+  if config.task == 'tokenizer':
     teacher = vit(m.encoder.width, m.encoder.depth, patches + 1, m.mlp_ratio)
     return {'student': 3 * (tokenizer_codes(m, patches) + tokenizer_decoder(m, patches)), 'teacher': teacher}
-  if c.task == 'pretrain':
+  if config.task == 'pretrain':
     frozen = tokenizer or config_lib.tokenizer_model()
     m = m.copy_and_resolve_references()
     if not m.vocab:
       m = m.unlock()
       m.vocab = frozen.codes
-    return {'student': 3 * pretraining_model(m, patches, c.mask.count), 'tokenizer': tokenizer_codes(frozen, patches)}
-  if c.task in ('classifier', 'segmenter'):
+    return {'student': 3 * pretraining_model(m, patches, config.mask.count), 'tokenizer': tokenizer_codes(frozen, patches)}
+  if config.task in ('classifier', 'segmenter'):
     m = m.copy_and_resolve_references().unlock()
     m.classes = m.classes or 1000
-    return {'student': 3 * {'classifier': classifier, 'segmenter': segmenter}[c.task](m, patches)}
-  raise ValueError(f'no formula for the task {c.task!r}')
+    return {'student': 3 * {'classifier': classifier, 'segmenter': segmenter}[config.task](m, patches)}
+  raise ValueError(f'no formula for the task {config.task!r}')

@@ -19,25 +19,25 @@ from beitv2_jax.tasks.base import Task
 from beitv2_jax.weights import adapt, trees
 
 
-def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
+def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
   """The number of classes, and their names, come from the data."""
   if source is not None:
     if not source.classes:
-      raise UserError(f'{c.data.source} has no labels; classification needs class folders, or a list with labels.')
+      raise UserError(f'{config.data.source} has no labels; classification needs class folders, or a list with labels.')
     if len(source.classes) < 2:
       raise UserError(
-        f'{c.data.source} has {len(source.classes)} class ({source.classes[0]}): there is nothing to tell apart. Give a folder with one folder a class, '
+        f'{config.data.source} has {len(source.classes)} class ({source.classes[0]}): there is nothing to tell apart. Give a folder with one folder a class, '
         'of at least two classes.'
       )
-    if c.model.classes not in (0, len(source.classes)):
+    if config.model.classes not in (0, len(source.classes)):
       raise UserError(
-        f'model.classes={c.model.classes}, but data.source={c.data.source} has {len(source.classes)} classes; leave it 0 to take them from there.'
+        f'model.classes={config.model.classes}, but data.source={config.data.source} has {len(source.classes)} classes; leave it 0 to take them from there.'
       )
-    c.model.classes, c.class_names = len(source.classes), tuple(source.classes)
-  c.model.classes = c.model.classes or 1000
-  if (c.mixup or c.cutmix) and c.batch_size // c.accumulate % 2:
-    raise UserError(f'mixup and cutmix pair images: batch_size={c.batch_size} in {c.accumulate} parts is odd.')
-  return ClassifyTask(c, from_config.build(c)), {}
+    config.model.classes, config.class_names = len(source.classes), tuple(source.classes)
+  config.model.classes = config.model.classes or 1000
+  if (config.mixup or config.cutmix) and config.batch_size // config.accumulate % 2:
+    raise UserError(f'mixup and cutmix pair images: batch_size={config.batch_size} in {config.accumulate} parts is odd.')
+  return ClassifyTask(config, from_config.build(config)), {}
 
 
 def adopt_backbone(theirs: Any, variables: Any, grid: tuple[int, int], prefix: str = 'backbone') -> dict:
@@ -90,37 +90,37 @@ class ClassifyTask(Task):
     return variables | ({'ema': variables['params']} if self.config.ema_decay else {})
 
   def adopt(self, theirs, variables, fresh):
-    c = self.config
-    check_sizes(theirs, c)
-    params = adopt_backbone(theirs, variables, config_lib.patch_grid(c))
-    if theirs.task == 'classifier' and theirs.model.classes != c.model.classes:
-      if not c.fresh_head:
+    config = self.config
+    check_sizes(theirs, config)
+    params = adopt_backbone(theirs, variables, config_lib.patch_grid(config))
+    if theirs.task == 'classifier' and theirs.model.classes != config.model.classes:
+      if not config.fresh_head:
         raise UserError(
-          f'init_from={c.init_from} knows {theirs.model.classes} classes, {c.data.source} has {c.model.classes}. '
+          f'init_from={config.init_from} knows {theirs.model.classes} classes, {config.data.source} has {config.model.classes}. '
           '--config.fresh_head=True keeps its backbone and starts a new head.'
         )
       params = {k: v for k, v in params.items() if k != 'head'}
     # fc_norm and the head start fresh after pretraining, as in the official code.
     params = fresh_where_missing(
-      params, fresh['params'], ('fc_norm', 'norm', 'head') if theirs.task != 'classifier' or c.fresh_head else ()
+      params, fresh['params'], ('fc_norm', 'norm', 'head') if theirs.task != 'classifier' or config.fresh_head else ()
     )
-    return {'params': params} | ({'ema': params} if c.ema_decay else {})
+    return {'params': params} | ({'ema': params} if config.ema_decay else {})
 
   def transforms(self, train, source):
-    c = self.config
-    steps = image_transforms(c.data, train, 0.0 if c.rand_augment else c.color_jitter)
-    return [*steps, RandAugment(c.rand_augment)] if train and c.rand_augment else steps
+    config = self.config
+    steps = image_transforms(config.data, train, 0.0 if config.rand_augment else config.color_jitter)
+    return [*steps, RandAugment(config.rand_augment)] if train and config.rand_augment else steps
 
   def _logits(self, params, images, **kwargs):
     return self.model.apply({'params': params}, images, **kwargs).astype(jnp.float32)
 
   def loss(self, params, model_state, frozen, batch, key):
-    c = self.config
+    config = self.config
     erase, mix, drop = jax.random.split(key, 3)
     images = imagenet_images(batch['image'])
-    images = augment.random_erasing(erase, images, c.random_erasing)
-    targets = augment.smooth_targets(batch['label'], c.model.classes, c.label_smoothing)
-    images, targets = augment.mix(mix, images, targets, c.mixup, c.cutmix)
+    images = augment.random_erasing(erase, images, config.random_erasing)
+    targets = augment.smooth_targets(batch['label'], config.model.classes, config.label_smoothing)
+    images, targets = augment.mix(mix, images, targets, config.mixup, config.cutmix)
     logits = self._logits(params, images, train=True, rngs={'drop_path': drop})
     acc = 100.0 * (logits.argmax(-1) == targets.argmax(-1)).mean()
     return optax.softmax_cross_entropy(logits, targets).mean(), ({}, dict(acc1=acc))

@@ -40,9 +40,9 @@ class Caption:
     return record | dict(text=caption_ids(self.captions[record['label']], self.length))
 
 
-def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
-  model = teacher.new_clip(**c.model.to_dict(), image_size=c.data.image_size, vocab=VOCAB)
-  return ClipTask(c, model), {}
+def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
+  model = teacher.new_clip(**config.model.to_dict(), image_size=config.data.image_size, vocab=VOCAB)
+  return ClipTask(config, model), {}
 
 
 @dataclasses.dataclass(frozen=True)

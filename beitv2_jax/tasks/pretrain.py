@@ -19,22 +19,26 @@ from beitv2_jax.tasks import tokenizer
 from beitv2_jax.tasks.base import Task
 
 
-def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
-  vqkd, frozen, theirs = tokenizer.released(c.tokenizer_dtype) if abstract else tokenizer.load(c.tokenizer_from, c.tokenizer_dtype)
-  ours = config_lib.patch_grid(c)
-  if theirs.model.patch_size != c.model.patch_size:
+def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
+  vqkd, frozen, theirs = (
+    tokenizer.released(config.tokenizer_dtype) if abstract else tokenizer.load(config.tokenizer_from, config.tokenizer_dtype)
+  )
+  ours = config_lib.patch_grid(config)
+  if theirs.model.patch_size != config.model.patch_size:
     raise UserError(
-      f'the tokenizer in {c.tokenizer_from} cuts {c.data.image_size} px images into {c.data.image_size // theirs.model.patch_size} patches '
+      f'the tokenizer in {config.tokenizer_from} cuts {config.data.image_size} px images into {config.data.image_size // theirs.model.patch_size} patches '
       f'a side, this model into {ours[0]}; make model.patch_size {theirs.model.patch_size}.'
     )
-  if c.mask.count >= ours[0] * ours[1] or c.mask.count < 1:
-    raise UserError(f'mask.count={c.mask.count} of {ours[0] * ours[1]} patches: it must leave some to see and some to predict.')
-  if c.color_jitter_on not in ('host', 'device'):
-    raise UserError(f"color_jitter_on={c.color_jitter_on!r}; use 'host' (before the crop, as the official code) or 'device' (after it).")
-  if c.model.head_layers and not 0 < c.model.early_layer < c.model.depth:
-    raise UserError(f'model.early_layer={c.model.early_layer} must be a block before the last of {c.model.depth}.')
-  c.model.vocab = theirs.model.codes
-  return PretrainTask(c, from_config.build(c), vqkd), frozen
+  if config.mask.count >= ours[0] * ours[1] or config.mask.count < 1:
+    raise UserError(f'mask.count={config.mask.count} of {ours[0] * ours[1]} patches: it must leave some to see and some to predict.')
+  if config.color_jitter_on not in ('host', 'device'):
+    raise UserError(
+      f"color_jitter_on={config.color_jitter_on!r}; use 'host' (before the crop, as the official code) or 'device' (after it)."
+    )
+  if config.model.head_layers and not 0 < config.model.early_layer < config.model.depth:
+    raise UserError(f'model.early_layer={config.model.early_layer} must be a block before the last of {config.model.depth}.')
+  config.model.vocab = theirs.model.codes
+  return PretrainTask(config, from_config.build(config), vqkd), frozen
 
 
 @dataclasses.dataclass(frozen=True)

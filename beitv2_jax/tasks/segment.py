@@ -21,18 +21,18 @@ from beitv2_jax.tasks.scores import segmentation_scores
 HEADS = ('fpn', 'psp', 'lateral', 'classifier', 'aux')  # what no other stage has
 
 
-def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
+def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
   if source is not None and not hasattr(source, 'mask_names'):
-    raise UserError(f'{c.data.source} has no masks; segmentation needs data.source=scenes:PATH.')
+    raise UserError(f'{config.data.source} has no masks; segmentation needs data.source=scenes:PATH.')
   names = getattr(source, 'classes', None)
-  if names and len(names) != c.model.classes:
-    raise UserError(f'{c.data.source} names {len(names)} classes, model.classes is {c.model.classes}.')
-  c.class_names = tuple(names or ())
-  return SegmentTask(c, from_config.build(c)), {}
+  if names and len(names) != config.model.classes:
+    raise UserError(f'{config.data.source} names {len(names)} classes, model.classes is {config.model.classes}.')
+  config.class_names = tuple(names or ())
+  return SegmentTask(config, from_config.build(config)), {}
 
 
-def labels_of(c: Any) -> scenes.Labels:
-  return scenes.Labels(c.model.classes, c.labels.reduce_zero, tuple(c.labels.ignore))
+def labels_of(config: Any) -> scenes.Labels:
+  return scenes.Labels(config.model.classes, config.labels.reduce_zero, tuple(config.labels.ignore))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,11 +25,11 @@ def released(dtype: str) -> tuple[VQKD, Any, Any]:
   return from_config.build(config), from_config.abstract_variables(config), config
 
 
-def make(c: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
+def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
   open_teacher = teacher.abstract if abstract else teacher.load
-  teacher_model, frozen = open_teacher(c.teacher.kind, c.teacher.name, config_lib.patch_grid(c), jnp.dtype(c.dtype))
-  c.model.teacher_width = teacher_model.width  # so that config.json describes the whole model
-  return TokenizerTask(c, from_config.build(c), teacher_model), frozen
+  teacher_model, frozen = open_teacher(config.teacher.kind, config.teacher.name, config_lib.patch_grid(config), jnp.dtype(config.dtype))
+  config.model.teacher_width = teacher_model.width  # so that config.json describes the whole model
+  return TokenizerTask(config, from_config.build(config), teacher_model), frozen
 
 
 def load(workdir: str, dtype: str) -> tuple[VQKD, Any, Any]:
@@ -81,11 +81,11 @@ class TokenizerTask(Task):
     return rec_loss + quant_loss, (stats, dict(rec_loss=rec_loss, quant_loss=quant_loss))
 
   def update(self, model_state, stats, key, params):
-    counts, c = stats['counts'].sum(0), self.config.codebook
+    counts, revival = stats['counts'].sum(0), self.config.codebook.revive
     book = quantizer.update(model_state['codebook']['quantizer'], counts, stats['sums'].sum(0), self.config.model.decay)
     metrics = code_statistics(counts) | dict(dead_codes=100 * quantizer.dead(book['usage']).mean())
-    if c.revive > 0:
-      embedding, usage = quantizer.revive(key, book['embedding'], book['usage'], stats['z'], c.revive)
+    if revival > 0:
+      embedding, usage = quantizer.revive(key, book['embedding'], book['usage'], stats['z'], revival)
       book = book | dict(embedding=embedding, usage=usage)
     return {'codebook': {'quantizer': book}}, metrics
 

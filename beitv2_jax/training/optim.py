@@ -98,15 +98,17 @@ def scale_by_adam(b1: float, b2: float, eps: float, first_moment: Any = jnp.floa
   return optax.GradientTransformation(init, update)  # ty: ignore[invalid-argument-type]
 
 
-def make(c: Any, steps: int, warmup: int) -> tuple[optax.GradientTransformation, Callable]:
+def make(config: Any, steps: int, warmup: int) -> tuple[optax.GradientTransformation, Callable]:
   """AdamW with decoupled decay: p ← p - lr·scale·(m̂/(√v̂+eps) + wd·p). Returns it and the schedule, for logging."""
-  schedule = linear_schedule(c.lr, warmup, steps) if c.schedule == 'linear' else cosine_schedule(c.lr, c.min_lr, warmup, steps)
-  by_layer = optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, layer_scales(params, c.layer_decay)))
+  schedule = (
+    linear_schedule(config.lr, warmup, steps) if config.schedule == 'linear' else cosine_schedule(config.lr, config.min_lr, warmup, steps)
+  )
+  by_layer = optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, layer_scales(params, config.layer_decay)))
   tx = optax.chain(
-    clip_by_global_norm(c.clip_norm) if c.clip_norm > 0 else optax.identity(),
-    scale_by_adam(c.b1, c.b2, c.eps, jnp.dtype(c.first_moment)),
-    optax.add_decayed_weights(c.weight_decay, mask=lambda p: decay_mask(p, c.no_decay)),
-    by_layer if c.layer_decay < 1 else optax.identity(),
+    clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
+    scale_by_adam(config.b1, config.b2, config.eps, jnp.dtype(config.first_moment)),
+    optax.add_decayed_weights(config.weight_decay, mask=lambda p: decay_mask(p, config.no_decay)),
+    by_layer if config.layer_decay < 1 else optax.identity(),
     optax.scale_by_learning_rate(schedule),
   )
   return tx, schedule
