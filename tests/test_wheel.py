@@ -22,7 +22,9 @@ def site(tmp_path_factory):
     if name.startswith(wanted) and (ROOT / name).is_file():
       (source / name).parent.mkdir(parents=True, exist_ok=True)
       (source / name).write_bytes((ROOT / name).read_bytes())
-  subprocess.run([sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', root, source], check=True, capture_output=True, timeout=300)
+  subprocess.run(
+    [sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', root, source], check=True, capture_output=True, timeout=300
+  )
   (wheel,) = root.glob('*.whl')
   with zipfile.ZipFile(wheel) as archive:
     archive.extractall(root / 'site')
