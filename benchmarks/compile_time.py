@@ -18,7 +18,8 @@ def main() -> None:
   jax.config.update('jax_enable_compilation_cache', False)
   for part in ('init', 'step'):
     clock, cpu = time.monotonic(), time.process_time()
-    estimate.lower(config, jax.devices()[:1], part)[0].compile()
+    lowered = estimate.lower(config, jax.devices()[:1], part)[0]
+    lowered.compile()
     print(f'{part}: {time.process_time() - cpu:.1f} s of CPU, {time.monotonic() - clock:.1f} s', flush=True)
 
 

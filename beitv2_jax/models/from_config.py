@@ -53,7 +53,7 @@ def init(module: Any, config: Any, key: jax.Array) -> Any:
 def fresh_variables(config: Any, seed: int = 0) -> Any:
   """Fresh variables of a config's model on the default device, without boxes."""
   module = build(config)
-  fresh = jax.jit(lambda key: nn.unbox(init(module, config, key)), compiler_options=config_lib.compiler_options(config))
+  fresh = jax.jit(lambda key: nn.unbox(init(module, config, key)), compiler_options=config_lib.compiler_options(config, runs_once=True))
   return fresh(jax.random.key(seed))
 
 

@@ -57,5 +57,8 @@ def state_layout(task: Any, optimizer: Any, mesh: Any, config: Any) -> StateLayo
     return TrainState.join(variables, dict(step=jnp.zeros((), jnp.int32), opt_state=optimizer.init(variables['params'])))
 
   return StateLayout(
-    abstract, shardings, gathered, jax.jit(init, out_shardings=shardings, compiler_options=config_lib.compiler_options(config))
+    abstract,
+    shardings,
+    gathered,
+    jax.jit(init, out_shardings=shardings, compiler_options=config_lib.compiler_options(config, runs_once=True)),
   )
