@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from beitv2_jax import __main__, commands
-from beitv2_jax.commands import arguments
+from beitv2_jax.commands import arguments, convert
 from beitv2_jax.downstream import features, trained
 from beitv2_jax.errors import SaveError, UserError
+from beitv2_jax.weights import official
 from tests.conftest import ROOT, main_env, smoke, untrained
 
 
@@ -83,6 +84,10 @@ def test_exit_codes(error, code, capsys):
 
   assert main([]) == code
   assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_convert_knows_the_kinds_that_there_are():
+  assert convert.KINDS == tuple(official.TABLES)
 
 
 def test_listing_and_help_are_quick_to_import():

@@ -204,6 +204,15 @@ def test_predicted_masks(trained, folder, tmp_path):
   assert sum(result['classes'].values()) == pytest.approx(100, abs=0.1)
 
 
+def test_masks_of_images_of_one_name_do_not_overwrite_each_other(trained, folder, tmp_path):
+  images = [f'{folder}/{split}/images/0.png' for split in ('train', 'val')]
+  assert commands.run('predict', ['--from', str(trained[0]), *images, '--out', f'{tmp_path}/o', '--json', f'{tmp_path}/r.json']) == 0
+  first, second = json.loads((tmp_path / 'r.json').read_text())
+  assert (first['mask'], second['mask']) == (f'{tmp_path}/o/0_mask.png', f'{tmp_path}/o/0_2_mask.png')
+  assert np.array(Image.open(first['mask'])).shape == scene(0)[1].shape
+  assert np.array(Image.open(second['mask'])).shape == scene(10)[1].shape
+
+
 def test_other_sizes_and_data_are_said_in_words(trained, folder, tmp_path):
   with pytest.raises(UserError, match='depth 3 there, 5 here'):
     loop.run(recipe(folder, init_from=str(trained[0]), model__depth=5), tmp_path / 'x')

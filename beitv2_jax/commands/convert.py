@@ -9,6 +9,7 @@ DIR is what every stage takes as tokenizer_from or init_from, and `beitv2_jax.lo
 from beitv2_jax.commands import arguments
 from beitv2_jax.errors import UserError
 
+# The tables of weights/official.py, without importing JAX for --help; tests/test_commands.py holds them together.
 KINDS = ('tokenizer', 'pretrain', 'classifier', 'segmenter')
 
 

@@ -163,7 +163,6 @@ def write_shard(index: Index, rows: range, target: Path, short_side: int) -> int
 def prepare(tars: Path, out: Path, short_side: int = 0, workers: int = 0, partial: bool = False) -> Path:
   """Builds both splits; returns the data set's directory. Raises UserError for missing, damaged or incomplete tars."""
   import tensorflow_datasets as tfds
-  from array_record.python import array_record_module
 
   lists = Path(tfds.__file__).parent / 'datasets' / 'imagenet2012'
   wnids, validation_labels = ((lists / n).read_text().split() for n in ('labels.txt', 'validation_labels.txt'))
@@ -203,16 +202,7 @@ def prepare(tars: Path, out: Path, short_side: int = 0, workers: int = 0, partia
       except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
         raise
-    lengths = []
-    for target, rows in jobs:
-      try:
-        reader = array_record_module.ArrayRecordReader(str(target))
-        lengths.append(reader.num_records())
-        reader.close()
-      except Exception as e:  # the library raises its own types
-        raise UserError(f'{target} is damaged. Remove it and run this again.') from e
-      if lengths[-1] != len(rows):
-        raise UserError(f'{target} holds {lengths[-1]} records instead of {len(rows)}: it is of another run. Remove it and run this again.')
+    lengths = [_checked_length(target, len(rows)) for target, rows in jobs]
     size = sum(target.stat().st_size for target, _ in jobs)
     infos.append(
       tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=_naming(tfds, folder, name, split))
@@ -225,6 +215,21 @@ def prepare(tars: Path, out: Path, short_side: int = 0, workers: int = 0, partia
     description='ILSVRC 2012' + f', images reduced to a short side of {short_side} px' * bool(short_side),
   )  # fmt: skip
   return folder
+
+
+def _checked_length(shard: Path, expected: int) -> int:
+  """The number of records in a shard. Raises UserError if it is damaged or not the one expected."""
+  from array_record.python import array_record_module
+
+  try:
+    reader = array_record_module.ArrayRecordReader(str(shard))
+    length = reader.num_records()
+    reader.close()
+  except Exception as e:  # the library raises its own types
+    raise UserError(f'{shard} is damaged. Remove it and run this again.') from e
+  if length != expected:
+    raise UserError(f'{shard} holds {length} records instead of {expected}: it is of another run. Remove it and run this again.')
+  return length
 
 
 def _same_tars(path: Path, now: dict) -> None:

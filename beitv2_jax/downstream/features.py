@@ -88,15 +88,8 @@ def probe_all(
 def few_labels(train, train_labels, test, test_labels, shots) -> dict[str, float]:
   """{'shots_5': % accuracy with 5 labels a class, ...} on features [n, D], standardised by all training images."""
   mean, std = probes.moments(train)
-  test, out = (np.asarray(test, np.float32) - mean) / std, {}
-  for count in shots:
-    accuracies = []
-    for draw in range(3):
-      rows = np.sort(probes.few_rows(train_labels, count, draw))
-      some = (np.asarray(train[rows], np.float32) - mean) / std
-      accuracies.append(probes.linear_probe(some, train_labels[rows], test, test_labels, decay=1e-2))
-    out[f'shots_{count}'] = float(np.mean(accuracies))
-  return out
+  args = (train, train_labels, (np.asarray(test, np.float32) - mean) / std, test_labels)
+  return {f'shots_{count}': probes.few_label_probe(*args, labels=count, mean=mean, std=std) for count in shots}
 
 
 def caution(images: int, classes: int) -> str | None:

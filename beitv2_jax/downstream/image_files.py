@@ -28,15 +28,19 @@ def find_images(paths: list[str]) -> list[Path]:
   return out
 
 
-def prepared(paths: list[Path], size: int, batch: int, crop_pct: float = 0.875) -> Iterator[tuple[list[Path], np.ndarray]]:
-  """(paths, uint8 [b, size, size, 3]) in batches; a file that does not decode is named on stderr and left out."""
-  crop, names, images = transforms.CenterCrop(size, crop_pct), [], []
+def decoded(paths: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+  """(path, uint8 [h, w, 3]) of each image; a file that does not decode is named on stderr and left out."""
   for path in bar(paths, 'images'):
     try:
-      image = transforms.decode(path.read_bytes())
+      yield path, transforms.decode(path.read_bytes())
     except transforms.UNDECODABLE as e:
       print(f'warning: {path} does not decode ({type(e).__name__}); left out.', file=sys.stderr)
-      continue
+
+
+def prepared(paths: list[Path], size: int, batch: int, crop_pct: float = 0.875) -> Iterator[tuple[list[Path], np.ndarray]]:
+  """(paths, uint8 [b, size, size, 3]) in batches of those that decode."""
+  crop, names, images = transforms.CenterCrop(size, crop_pct), [], []
+  for path, image in decoded(paths):
     images.append(crop(dict(image=image), None)['image'])
     names.append(path)
     if len(images) == batch:

@@ -1,6 +1,6 @@
 """What a model says of single images: the best classes, or a mask drawn over them."""
 
-import sys
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,9 @@ import numpy as np
 from PIL import Image
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.data import transforms
 from beitv2_jax.downstream import segmentation, trained
 from beitv2_jax.downstream.classes import model_classes
-from beitv2_jax.downstream.image_files import prepared
-from beitv2_jax.progress import bar
+from beitv2_jax.downstream.image_files import decoded, prepared
 
 
 def classes(model: Any, paths: list[Path], top: int = 5, crop_pct: float = 0.875, batch: int = 32) -> Iterator[dict]:
@@ -38,16 +36,12 @@ def masks(model: Any, paths: list[Path], out: Path, mode: str = 'slide', flip: b
   """Writes mask and overlay of every image that decodes; yields dict(file, mask, overlay, classes={name: share in %})."""
   names, colours = model_classes(model.config), palette(model.config.model.classes)
   out.mkdir(parents=True, exist_ok=True)
-  written: dict[str, int] = {}
-  for path in bar(paths, 'images'):
-    try:
-      image = transforms.decode(path.read_bytes())
-    except transforms.UNDECODABLE as e:
-      print(f'warning: {path} does not decode ({type(e).__name__}); left out.', file=sys.stderr)
-      continue
+  taken: set[str] = set()
+  for path, image in decoded(paths):
     best = segmentation.predict(model.logits, image, config_lib.image_shape(model.config)[:2], mode=mode, flip=flip)
-    name, written = path.stem, written | {path.stem: written.get(path.stem, 0) + 1}
-    name += f'_{written[name]}' if written[name] > 1 else ''  # images of one name in several folders
+    numbered = (f'{path.stem}_{i}' for i in itertools.count(2))  # for images of one name in several folders
+    name = next(name for name in itertools.chain([path.stem], numbered) if name not in taken)
+    taken.add(name)
     files = [out / f'{name}_{what}.png' for what in ('mask', 'overlay')]
     Image.fromarray(best.astype(np.uint8)).save(files[0])
     Image.fromarray((0.5 * image + 0.5 * colours[best]).astype(np.uint8)).save(files[1])

@@ -72,19 +72,18 @@ def linear_probe(train, train_labels, test, test_labels, decay: float = 1e-3) ->
   return 100 * float(((np.asarray(test, np.float32) @ w + b).argmax(-1) == test_labels).mean())
 
 
-def few_label_probe(train, train_labels, test, test_labels, labels: int = 5, draws: int = 3) -> float:
-  """Mean % test accuracy over `draws` random choices of `labels` training images a class."""
+def few_label_probe(train, train_labels, test, test_labels, labels: int = 5, draws: int = 3, mean=0.0, std=1.0) -> float:
+  """Mean % test accuracy over `draws` random choices of `labels` training images a class.
+
+  `mean` and `std` standardise the chosen ones, where `train` is not standardised already; `test` always is.
+  """
   accuracies = []
   for draw in range(draws):
-    chosen = few_rows(train_labels, labels, draw)
-    accuracies.append(linear_probe(train[chosen], train_labels[chosen], test, test_labels, decay=1e-2))
+    rng = np.random.default_rng(draw)
+    chosen = np.concatenate([rng.permutation(np.flatnonzero(train_labels == c))[:labels] for c in np.unique(train_labels)])
+    some = (np.asarray(train[chosen], np.float32) - mean) / std
+    accuracies.append(linear_probe(some, train_labels[chosen], test, test_labels, decay=1e-2))
   return float(np.mean(accuracies))
-
-
-def few_rows(train_labels: np.ndarray, labels: int, draw: int) -> np.ndarray:
-  """Rows of `labels` random images of each class."""
-  rng = np.random.default_rng(draw)
-  return np.concatenate([rng.permutation(np.flatnonzero(train_labels == c))[:labels] for c in np.unique(train_labels)])
 
 
 def knn(train, train_labels, test, test_labels, k: int = 20, temperature: float = 0.07) -> float:
