@@ -16,18 +16,9 @@ from ml_collections import ConfigDict
 from beitv2_jax.errors import UserError
 
 
-def base(task: str) -> ConfigDict:
-  """Settings of all stages. Steps and batch sizes are global, whatever the number of devices."""
-  c = ConfigDict()
-  c.task = task
-  c.seed = 0
-  c.init_from = ''  # workdir or converted directory whose weights this stage starts from; '': fresh ones
-  c.dtype = 'bfloat16'  # of matrix products; parameters, norms, softmax and losses are float32
-  c.batch_size = 512
-  c.epochs = 100.0
-  c.steps = -1  # -1: epochs * (images // batch_size)
-
-  c.data = ConfigDict(
+def _data() -> ConfigDict:
+  """Where images come from and how they become a batch."""
+  return ConfigDict(
     dict(
       source='tfds:imagenet2012',  # see beitv2_jax/data/sources.py
       dir='',  # where tfds keeps prepared data sets
@@ -42,7 +33,11 @@ def base(task: str) -> ConfigDict:
       workers=0,  # decoding processes per host; 0 decodes in threads, -1 in the main thread
     )
   )
-  c.optim = ConfigDict(
+
+
+def _optim() -> ConfigDict:
+  """AdamW and its schedule."""
+  return ConfigDict(
     dict(
       schedule='cosine',  # or 'linear', to 0
       lr=1.5e-3,
@@ -59,7 +54,22 @@ def base(task: str) -> ConfigDict:
       no_decay=('.*pos_embed', '.*cls_token'),  # beside vectors and biases
     )
   )
-  c.mesh = ConfigDict(
+
+
+def base(task: str) -> ConfigDict:
+  """Settings of all stages. Steps and batch sizes are global, whatever the number of devices."""
+  config = ConfigDict()
+  config.task = task
+  config.seed = 0
+  config.init_from = ''  # workdir or converted directory whose weights this stage starts from; '': fresh ones
+  config.dtype = 'bfloat16'  # of matrix products; parameters, norms, softmax and losses are float32
+  config.batch_size = 512
+  config.epochs = 100.0
+  config.steps = -1  # -1: epochs * (images // batch_size)
+
+  config.data = _data()
+  config.optim = _optim()
+  config.mesh = ConfigDict(
     dict(
       data=-1,  # -1: all devices that `model` leaves
       model=1,
@@ -68,21 +78,21 @@ def base(task: str) -> ConfigDict:
       shard_state=True,  # each device keeps its share of the large parameters and their moments; a step gathers the parameters (as in ZeRO)
     )
   )
-  c.accumulate = 1  # parts that a batch is cut into, one after the other; the gradients are averaged
-  c.layers = ConfigDict(
+  config.accumulate = 1  # parts that a batch is cut into, one after the other; the gradients are averaged
+  config.layers = ConfigDict(
     dict(
       scan=False,  # compile one block and loop over it: compiles faster, may run slower
       remat='none',  # what the backward pass computes again to save memory: 'none', 'dots' (attention, GELU), 'full'
       attention='auto',  # 'xla', 'tpu' or 'gpu' (fused kernels), or 'auto': the chip's kernel where it fits
     )
   )
-  c.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
-  c.quick_compile = False  # compile in half the time what then runs slower: for trying things out, on CPUs
-  c.log_every = 50
-  c.profile_steps = 0  # trace so many steps, after the first ten, into WORKDIR/profile
-  c.eval_every = 0  # steps; 0: only at the end
-  c.eval_batch_size = 0  # 0: batch_size
-  return c.lock()
+  config.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
+  config.quick_compile = False  # compile in half the time what then runs slower: for trying things out, on CPUs
+  config.log_every = 50
+  config.profile_steps = 0  # trace so many steps, after the first ten, into WORKDIR/profile
+  config.eval_every = 0  # steps; 0: only at the end
+  config.eval_batch_size = 0  # 0: batch_size
+  return config.lock()
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -99,13 +109,13 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   return out
 
 
-def smoke(c: ConfigDict) -> ConfigDict:
+def smoke(config: ConfigDict) -> ConfigDict:
   """Shrinks what all recipes share to a few steps on generated images; the recipe shrinks its model."""
-  c.data.update(source='fake:64', image_size=32, workers=0)
-  c.update(dtype='float32', batch_size=16, steps=6, log_every=1, eval_batch_size=16, quick_compile=True)
-  c.optim.warmup_steps = 2
-  c.checkpoint.every = 3
-  return c
+  config.data.update(source='fake:64', image_size=32, workers=0)
+  config.update(dtype='float32', batch_size=16, steps=6, log_every=1, eval_batch_size=16, quick_compile=True)
+  config.optim.warmup_steps = 2
+  config.checkpoint.every = 3
+  return config
 
 
 def tokenizer_model(**changes: Any) -> ConfigDict:

@@ -19,41 +19,47 @@ def linear(tokens: float, features_in: int, features_out: int) -> float:
   return 2.0 * tokens * features_in * features_out
 
 
-def tokenizer_codes(m: Any, patches: int) -> float:
+def tokenizer_codes(model: Any, patches: int) -> float:
   """Images to codes: encoder, its head, distances to the codebook."""
-  e = m.encoder
-  head = linear(patches, e.width, e.width) + linear(patches, e.width, m.code_dim)
-  embed = linear(patches, 3 * m.patch_size**2, e.width)
-  return embed + vit(e.width, e.depth, patches + 1, m.mlp_ratio) + head + linear(patches, m.code_dim, m.codes)
+  encoder = model.encoder
+  head = linear(patches, encoder.width, encoder.width) + linear(patches, encoder.width, model.code_dim)
+  embed = linear(patches, 3 * model.patch_size**2, encoder.width)
+  return embed + vit(encoder.width, encoder.depth, patches + 1, model.mlp_ratio) + head + linear(patches, model.code_dim, model.codes)
 
 
-def tokenizer_decoder(m: Any, patches: int) -> float:
-  d = m.decoder
-  head = linear(patches, d.width, d.width) + linear(patches, d.width, m.teacher_width)
-  return linear(patches, m.code_dim, d.width) + vit(d.width, d.depth, patches + 1, m.mlp_ratio) + head
+def tokenizer_decoder(model: Any, patches: int) -> float:
+  decoder = model.decoder
+  head = linear(patches, decoder.width, decoder.width) + linear(patches, decoder.width, model.teacher_width)
+  return linear(patches, model.code_dim, decoder.width) + vit(decoder.width, decoder.depth, patches + 1, model.mlp_ratio) + head
 
 
-def pretraining_model(m: Any, patches: int, masked: int) -> float:
+def pretraining_model(model: Any, patches: int, masked: int) -> float:
   """The student: backbone, aggregation blocks, and the code head on masked patches, once a branch."""
-  embed = linear(patches, 3 * m.patch_size**2, m.width)
-  branches = 2 if m.head_layers else 1
-  return embed + vit(m.width, m.depth + m.head_layers, patches + 1, m.mlp_ratio) + branches * linear(masked, m.width, m.vocab)
+  embed = linear(patches, 3 * model.patch_size**2, model.width)
+  branches = 2 if model.head_layers else 1
+  return (
+    embed
+    + vit(model.width, model.depth + model.head_layers, patches + 1, model.mlp_ratio)
+    + branches * linear(masked, model.width, model.vocab)
+  )
 
 
-def classifier(m: Any, patches: int) -> float:
-  embed = linear(patches, 3 * m.patch_size**2, m.width)
-  return embed + vit(m.width, m.depth, patches + 1, m.mlp_ratio) + linear(1, m.width, m.classes)
+def classifier(model: Any, patches: int) -> float:
+  embed = linear(patches, 3 * model.patch_size**2, model.width)
+  return embed + vit(model.width, model.depth, patches + 1, model.mlp_ratio) + linear(1, model.width, model.classes)
 
 
-def segmenter(m: Any, patches: int) -> float:
+def segmenter(model: Any, patches: int) -> float:
   """Backbone, pyramid and both heads. Resizing and pooling do not count."""
-  backbone = linear(patches, 3 * m.patch_size**2, m.width) + vit(m.width, m.depth, patches + 1, m.mlp_ratio)
-  d, c, cells = m.width, m.channels, [16.0 * patches, 4.0 * patches, 1.0 * patches, patches / 4]
-  pyramid = linear(patches, d, 4 * d) + linear(4 * patches, d, 4 * d) + linear(patches, d, 4 * d)
-  pooled = sum(linear(s * s, d, c) for s in m.pool_scales) + linear(cells[3], 9 * (d + len(m.pool_scales) * c), c)
-  maps = sum(linear(n, d, c) + linear(n, 9 * c, c) for n in cells[:3])
-  head = linear(cells[0], 9 * 4 * c, c) + linear(cells[0], c, m.classes)
-  aux = linear(patches, 9 * d, m.aux_channels) + linear(patches, m.aux_channels, m.classes)
+  backbone = linear(patches, 3 * model.patch_size**2, model.width) + vit(model.width, model.depth, patches + 1, model.mlp_ratio)
+  width, channels, cells = model.width, model.channels, [16.0 * patches, 4.0 * patches, 1.0 * patches, patches / 4]
+  pyramid = linear(patches, width, 4 * width) + linear(4 * patches, width, 4 * width) + linear(patches, width, 4 * width)
+  pooled = sum(linear(scale * scale, width, channels) for scale in model.pool_scales) + linear(
+    cells[3], 9 * (width + len(model.pool_scales) * channels), channels
+  )
+  maps = sum(linear(positions, width, channels) + linear(positions, 9 * channels, channels) for positions in cells[:3])
+  head = linear(cells[0], 9 * 4 * channels, channels) + linear(cells[0], channels, model.classes)
+  aux = linear(patches, 9 * width, model.aux_channels) + linear(patches, model.aux_channels, model.classes)
   return backbone + pyramid + pooled + maps + head + aux
 
 
@@ -64,19 +70,19 @@ def per_image(config: Any, tokenizer: Any = None) -> dict[str, float]:
   is taken to be as large as its encoder, as CLIP ViT-B/16 is.
   """
   patches = math.prod(config_lib.patch_grid(config))
-  m = config.model
+  model = config.model
   if config.task == 'tokenizer':
-    teacher = vit(m.encoder.width, m.encoder.depth, patches + 1, m.mlp_ratio)
-    return {'student': 3 * (tokenizer_codes(m, patches) + tokenizer_decoder(m, patches)), 'teacher': teacher}
+    teacher = vit(model.encoder.width, model.encoder.depth, patches + 1, model.mlp_ratio)
+    return {'student': 3 * (tokenizer_codes(model, patches) + tokenizer_decoder(model, patches)), 'teacher': teacher}
   if config.task == 'pretrain':
     frozen = tokenizer or config_lib.tokenizer_model()
-    m = m.copy_and_resolve_references()
-    if not m.vocab:
-      m = m.unlock()
-      m.vocab = frozen.codes
-    return {'student': 3 * pretraining_model(m, patches, config.mask.count), 'tokenizer': tokenizer_codes(frozen, patches)}
+    model = model.copy_and_resolve_references()
+    if not model.vocab:
+      model = model.unlock()
+      model.vocab = frozen.codes
+    return {'student': 3 * pretraining_model(model, patches, config.mask.count), 'tokenizer': tokenizer_codes(frozen, patches)}
   if config.task in ('classifier', 'segmenter'):
-    m = m.copy_and_resolve_references().unlock()
-    m.classes = m.classes or 1000
-    return {'student': 3 * {'classifier': classifier, 'segmenter': segmenter}[config.task](m, patches)}
+    model = model.copy_and_resolve_references().unlock()
+    model.classes = model.classes or 1000
+    return {'student': 3 * {'classifier': classifier, 'segmenter': segmenter}[config.task](model, patches)}
   raise ValueError(f'no formula for the task {config.task!r}')

@@ -100,7 +100,7 @@ def from_official(kind: str, state: State) -> State:
   return out
 
 
-def convert(kind: str, c: Any, state: State, grid: tuple[int, int]) -> tuple[State, dict, dict]:
+def convert(kind: str, config: Any, state: State, grid: tuple[int, int]) -> tuple[State, dict, dict]:
   """(state dict, config, preprocessor config) from official keys. Patch aggregation has no home there and is left out.
 
   Raises UserError for what transformers has no class for.
@@ -109,50 +109,52 @@ def convert(kind: str, c: Any, state: State, grid: tuple[int, int]) -> tuple[Sta
     raise UserError(f'transformers has no class for a {kind}; export it with --to-format official.')
   if grid[0] != grid[1]:
     raise UserError(f"transformers' Beit needs a square grid; this one is {grid[0]}x{grid[1]}.")
-  m, out = c.model, from_official(kind, state)
-  abs_pos = m.get('abs_pos', False)
-  rel_pos = m.get('rel_pos', 'shared' if kind == 'pretrain' else 'per_block')  # a recipe leaves out what its model has by default
-  classes = m.get('classes', 2)
-  names = list(c.get('class_names') or ()) or [f'LABEL_{i}' for i in range(classes)]
-  config = dict(
+  model, out = config.model, from_official(kind, state)
+  abs_pos = model.get('abs_pos', False)
+  rel_pos = model.get('rel_pos', 'shared' if kind == 'pretrain' else 'per_block')  # a recipe leaves out what its model has by default
+  classes = model.get('classes', 2)
+  names = list(config.get('class_names') or ()) or [f'LABEL_{i}' for i in range(classes)]
+  beit_config = dict(
     architectures=[ARCHITECTURES[kind]],
     model_type='beit',
-    vocab_size=m.get('vocab', 0) or 8192,
-    hidden_size=m.width,
-    num_hidden_layers=m.depth,
-    num_attention_heads=m.heads,
-    intermediate_size=int(m.width * m.mlp_ratio),
+    vocab_size=model.get('vocab', 0) or 8192,
+    hidden_size=model.width,
+    num_hidden_layers=model.depth,
+    num_attention_heads=model.heads,
+    intermediate_size=int(model.width * model.mlp_ratio),
     hidden_act='gelu',
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
     layer_norm_eps=1e-6,  # theirs defaults to 1e-12
-    image_size=grid[0] * m.patch_size,
-    patch_size=m.patch_size,
+    image_size=grid[0] * model.patch_size,
+    patch_size=model.patch_size,
     use_mask_token=kind == 'pretrain',
     use_absolute_position_embeddings=abs_pos,
     use_relative_position_bias=rel_pos == 'per_block',
     use_shared_relative_position_bias=rel_pos == 'shared',
-    layer_scale_init_value=m.layer_scale,
+    layer_scale_init_value=model.layer_scale,
     drop_path_rate=0.0,
-    use_mean_pooling=m.get('mean_pooling', True),
+    use_mean_pooling=model.get('mean_pooling', True),
     id2label={str(i): name for i, name in enumerate(names)},
     label2id={name: i for i, name in enumerate(names)},
   )
-  size = dict(height=config['image_size'], width=config['image_size'])
+  size = dict(height=beit_config['image_size'], width=beit_config['image_size'])
   preprocessor = dict(
     image_processor_type='BeitImageProcessor', do_resize=True, size=size, resample=3, do_center_crop=False, do_rescale=True,
     rescale_factor=1 / 255, do_normalize=True, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), do_reduce_labels=False,
   )  # fmt: skip
   if kind == 'segmenter':
-    if m.channels != m.width:
-      raise UserError(f"transformers' heads are as wide as the backbone; here they have {m.channels} channels of {m.width}.")
+    if model.channels != model.width:
+      raise UserError(f"transformers' heads are as wide as the backbone; here they have {model.channels} channels of {model.width}.")
     # Theirs takes hidden state k where k + 1 is in out_indices, and state 0 is the embedding: block i (from 0) is number i + 2.
     # Its config allows no number past the last block plus one, so a last block of zeros, which changes nothing, makes room.
-    config['out_indices'] = [i + 2 for i in m.out_indices]
-    if max(config['out_indices']) > m.depth:
-      last = f'beit.encoder.layer.{m.depth - 1}.'
-      spare = {k.replace(last, f'beit.encoder.layer.{m.depth}.'): np.zeros_like(v) for k, v in out.items() if k.startswith(last)}
-      config['num_hidden_layers'], out = m.depth + 1, out | spare
-    config |= dict(pool_scales=list(m.pool_scales), use_auxiliary_head=m.aux_channels > 0, auxiliary_channels=m.aux_channels or 256)
+    beit_config['out_indices'] = [i + 2 for i in model.out_indices]
+    if max(beit_config['out_indices']) > model.depth:
+      last = f'beit.encoder.layer.{model.depth - 1}.'
+      spare = {k.replace(last, f'beit.encoder.layer.{model.depth}.'): np.zeros_like(v) for k, v in out.items() if k.startswith(last)}
+      beit_config['num_hidden_layers'], out = model.depth + 1, out | spare
+    beit_config |= dict(
+      pool_scales=list(model.pool_scales), use_auxiliary_head=model.aux_channels > 0, auxiliary_channels=model.aux_channels or 256
+    )
     preprocessor['do_reduce_labels'] = classes == 150  # ADE20K's masks count from 1, with 0 for none
-  return out, config, preprocessor
+  return out, beit_config, preprocessor

@@ -77,44 +77,44 @@ def config_of(
   out_indices: tuple[int, ...] | None = None,
 ) -> Any:
   """The config of a checkpoint of this kind. Raises UserError if it is another kind."""
-  c = config_lib.base(kind).unlock()
-  c.dtype = 'float32'
-  v = vit(state, dict(tokenizer='encoder.', segmenter='backbone.').get(kind, ''), kind, heads)
-  grid = grid_of(v.pop('patches'), v.pop('table_rows'), grid)
-  with c.data.ignore_type():  # one number, or (h, w)
-    c.data.image_size = grid[0] * v['patch_size'] if grid[0] == grid[1] else tuple(g * v['patch_size'] for g in grid)
+  config = config_lib.base(kind).unlock()
+  config.dtype = 'float32'
+  backbone = vit(state, dict(tokenizer='encoder.', segmenter='backbone.').get(kind, ''), kind, heads)
+  grid = grid_of(backbone.pop('patches'), backbone.pop('table_rows'), grid)
+  with config.data.ignore_type():  # one number, or (h, w)
+    config.data.image_size = grid[0] * backbone['patch_size'] if grid[0] == grid[1] else tuple(g * backbone['patch_size'] for g in grid)
   if kind == 'tokenizer':
-    d = vit(state, 'decoder.', kind, decoder_heads)
+    decoder = vit(state, 'decoder.', kind, decoder_heads)
     codes, dim = _need(state, 'quantize.embedding.weight', kind).shape
     side = lambda x: {k: x[k] for k in ('width', 'depth', 'heads')}
-    c.model = config_lib.tokenizer_model(
-      patch_size=v['patch_size'], encoder=side(v), decoder=side(d), mlp_ratio=v['mlp_ratio'], codes=codes, code_dim=dim,
+    config.model = config_lib.tokenizer_model(
+      patch_size=backbone['patch_size'], encoder=side(backbone), decoder=side(decoder), mlp_ratio=backbone['mlp_ratio'], codes=codes, code_dim=dim,
       teacher_width=_need(state, 'decode_task_layer.2.weight', kind).shape[0],
     )  # fmt: skip
   elif kind == 'pretrain':
     layers = depth(state, 'cls_pt_layers.')
-    early = max(v['depth'] - 3, 1) if early is None else early  # 9 of 12 and 21 of 24 in the official models
-    if not 0 < early < max(v['depth'], 2):
-      raise UserError(f'--early-layer {early}: a block before the last of {v["depth"]}, counted from 1.')
+    early = max(backbone['depth'] - 3, 1) if early is None else early  # 9 of 12 and 21 of 24 in the official models
+    if not 0 < early < max(backbone['depth'], 2):
+      raise UserError(f'--early-layer {early}: a block before the last of {backbone["depth"]}, counted from 1.')
     vocab = state['lm_head.weight'].shape[0] if 'lm_head.weight' in state else 0
-    c.model = config_lib.ConfigDict(
-      v | dict(early_layer=early, head_layers=layers, shared_head='cls_pt_norm.weight' not in state, vocab=vocab)
+    config.model = config_lib.ConfigDict(
+      backbone | dict(early_layer=early, head_layers=layers, shared_head='cls_pt_norm.weight' not in state, vocab=vocab)
     )
     _need(state, 'mask_token', kind)
   elif kind == 'segmenter':
     classes, channels = _need(state, 'decode_head.conv_seg.weight', kind).shape[:2]
     aux, pools = state.get('auxiliary_head.conv_seg.weight'), depth(state, 'decode_head.psp_modules.')
     if out_indices is None:  # 3 5 7 11 of 12, 7 11 15 23 of 24
-      out_indices = tuple(round(v['depth'] * part) - 1 for part in (1 / 3, 1 / 2, 2 / 3, 1))
-    if len(out_indices) != 4 or not 0 <= min(out_indices) <= max(out_indices) < v['depth']:
-      raise UserError(f'--out-indices {out_indices}: four of the {v["depth"]} blocks, counted from 0.')
-    c.model = config_lib.ConfigDict(
-      v | dict(
+      out_indices = tuple(round(backbone['depth'] * part) - 1 for part in (1 / 3, 1 / 2, 2 / 3, 1))
+    if len(out_indices) != 4 or not 0 <= min(out_indices) <= max(out_indices) < backbone['depth']:
+      raise UserError(f'--out-indices {out_indices}: four of the {backbone["depth"]} blocks, counted from 0.')
+    config.model = config_lib.ConfigDict(
+      backbone | dict(
         classes=classes, channels=channels, out_indices=tuple(out_indices), aux_channels=0 if aux is None else aux.shape[1],
         pool_scales=(1, 2, 3, 6)[:pools] if pools <= 4 else tuple(range(1, pools + 1)),
       )
     )  # fmt: skip
   else:
     _need(state, 'head.weight', kind)
-    c.model = config_lib.ConfigDict(v | dict(classes=state['head.weight'].shape[0], mean_pooling='fc_norm.weight' in state))
-  return c.lock()
+    config.model = config_lib.ConfigDict(backbone | dict(classes=state['head.weight'].shape[0], mean_pooling='fc_norm.weight' in state))
+  return config.lock()
