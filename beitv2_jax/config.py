@@ -6,6 +6,7 @@ name is an error with a suggestion. `config.json` in a workdir is what the next 
 
 import ast
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from beitv2_jax import settings
 from beitv2_jax.errors import UserError
 
 
@@ -176,8 +178,9 @@ def head_dims(config: Any) -> set[int]:
 
 def check(config: ConfigDict) -> None:
   """Errors that can be seen before data is read or a model is made. Raises UserError."""
+  settings.check(config)
   devices, model = jax.device_count(), config.mesh.model
-  if model < 1 or devices % model or (config.mesh.data > 0 and not _fits(config.mesh.data * model, devices)):
+  if config.mesh.data == 0 or devices % model or (config.mesh.data > 0 and not _fits(config.mesh.data * model, devices)):
     raise UserError(f'mesh.data={config.mesh.data} x mesh.model={model} does not fit {devices} devices; data=-1 takes what model leaves.')
   data = config.mesh.data if config.mesh.data > 0 else devices // model
   for name in ('batch_size', 'eval_batch_size'):
@@ -191,18 +194,25 @@ def check(config: ConfigDict) -> None:
     raise UserError(f'data.image_size={config.data.image_size} is not a multiple of model.patch_size={patch}.')
   if config.accumulate < 1 or config.batch_size % (data * config.accumulate):
     raise UserError(f'batch_size={config.batch_size} does not divide into accumulate={config.accumulate} parts on {data} data devices.')
-  if config.layers.remat not in ('none', 'dots', 'full'):
-    raise UserError(f"layers.remat={config.layers.remat!r}; use 'none', 'dots' or 'full'.")
-  if config.layers.attention not in ('auto', 'xla', 'tpu', 'gpu'):
-    raise UserError(f"layers.attention={config.layers.attention!r}; use 'auto', 'xla', 'tpu' or 'gpu'.")
-  if config.data.resize not in ('fast', 'pillow'):
-    raise UserError(f"data.resize={config.data.resize!r}; use 'fast' or 'pillow'.")
-  if config.optim.schedule not in ('cosine', 'linear'):
-    raise UserError(f"optim.schedule={config.optim.schedule!r}; use 'cosine' or 'linear'.")
-  if config.optim.first_moment not in ('bfloat16', 'float32'):
-    raise UserError(f"optim.first_moment={config.optim.first_moment!r}; use 'bfloat16' or 'float32'.")
-  if config.dtype not in ('bfloat16', 'float32'):
-    raise UserError(f"dtype={config.dtype!r}; use 'bfloat16' or 'float32'.")
+  _check_model(config)
+
+
+def _check_model(config: ConfigDict) -> None:
+  """Sizes of a model that depend on each other."""
+  for path, sizes in _sections(config.get('model', ConfigDict()), 'model'):
+    if 'width' in sizes and 'heads' in sizes and sizes.width % sizes.heads:
+      raise UserError(f'{path}.width={sizes.width} does not divide into {path}.heads={sizes.heads}.')
+    if 'early_layer' in sizes and sizes.get('head_layers', 1) and not sizes.early_layer < sizes.depth:
+      raise UserError(f'{path}.early_layer={sizes.early_layer}: a block before the last of model.depth={sizes.depth}.')
+    if max(sizes.get('out_indices', (0,))) >= sizes.get('depth', 1):
+      raise UserError(f'{path}.out_indices={sizes.out_indices}: blocks counted from 0, of which there are {sizes.depth}.')
+
+
+def _sections(section: ConfigDict, path: str) -> Iterator[tuple[str, ConfigDict]]:
+  yield path, section
+  for key, value in section.items():
+    if isinstance(value, ConfigDict):
+      yield from _sections(value, f'{path}.{key}')
 
 
 def _fits(wanted: int, devices: int) -> bool:

@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(_error(e, 2))
   except (FloatingPointError, SaveError) as e:
     sys.exit(_error(e, 1))
+  except KeyboardInterrupt:
+    print('stopped; nothing was lost but the steps since the last checkpoint.', file=sys.stderr)
+    sys.exit(130)
 
 
 def _error(e: Exception, code: int) -> int:

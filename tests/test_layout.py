@@ -8,6 +8,7 @@ from tests.conftest import ROOT
 # From the ground up. What stands in one line may not import each other.
 FLOORS = [
   ('errors',),
+  ('settings',),
   ('config', 'progress'),
   ('data', 'kernels', 'recipes', 'configs'),
   ('models',),

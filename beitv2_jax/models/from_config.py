@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.classifier import Classifier
-from beitv2_jax.models.initializers import in_one_draw
+from beitv2_jax.models.initializers import drawn_together
 from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.mim import MIM
 from beitv2_jax.models.upernet import Segmenter
@@ -47,7 +47,7 @@ def build(config: Any) -> Any:
 def init(module: Any, config: Any, key: jax.Array) -> Any:
   """Fresh variables, in Flax's boxes with logical axis names: {'params': ..., other collections}. To be jitted."""
   images = jnp.zeros((1, *config_lib.image_shape(config)))
-  return in_one_draw(lambda key: module.init(key, images), key)
+  return drawn_together(lambda key: module.init(key, images), key)
 
 
 def fresh_variables(config: Any, seed: int = 0) -> Any:

@@ -1,16 +1,20 @@
 """How random parameters start, and how those of a whole model are drawn together.
 
-XLA takes as long to compile one draw of random numbers as another, whatever its size, and a model has one for every matrix:
-half a minute of compilation before training starts. `in_one_draw` makes one draw for each kind and shape instead.
+XLA takes as long on CPUs to compile one draw of random numbers as another, whatever its size, and a model has one for every matrix:
+half a minute of compilation before training starts. `drawn_together` makes one draw for each kind and shape instead.
 """
 
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from beitv2_jax.kernels import chip
 
 DISTRIBUTIONS: dict[str, Callable] = {
   'normal': jax.random.normal,
@@ -26,7 +30,7 @@ _waiting: contextvars.ContextVar[list[tuple[jax.Array, 'Draw']] | None] = contex
 class Draw:
   """A Flax initialiser: `scale` times numbers of a distribution (one of DISTRIBUTIONS).
 
-  Inside `in_one_draw` it gives zeros, which are replaced at the end.
+  Inside `drawn_together` it gives zeros, which are replaced at the end.
   """
 
   distribution: str
@@ -49,10 +53,11 @@ def uniform(bound: float) -> Draw:
   return Draw('uniform', bound)
 
 
-def in_one_draw(init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
-  """`init(key)`, a tree of parameters, with the numbers of all its `Draw`s drawn together: one draw a kind and shape.
+def drawn_together(init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
+  """`init(key)`, a tree of parameters, with the numbers of all its `Draw`s drawn at the end: on CPUs one draw a kind and shape.
 
-  Made to run under jit. The numbers differ from those that `init(key)` alone gives; their distributions do not.
+  Made to run under jit. Other chips' compilers take longer for a few large draws than for many; the numbers are the same either way.
+  They differ from those that `init(key)` alone gives; their distributions do not.
   """
   waiting: list[tuple[jax.Array, Draw]] = []
   token = _waiting.set(waiting)
@@ -60,21 +65,22 @@ def in_one_draw(init: Callable[[jax.Array], Any], key: jax.Array) -> Any:
     tree = init(key)
   finally:
     _waiting.reset(token)
-  groups: dict[tuple, list[tuple[jax.Array, Draw]]] = {}
-  for placeholder, draw in waiting:
+  keys = jax.random.split(key, max(len(waiting), 1))
+  groups: dict[tuple, list[int]] = {}
+  for i, (placeholder, draw) in enumerate(waiting):
     shape = placeholder.shape if placeholder.size >= SMALL else None
-    groups.setdefault((draw.distribution, shape, placeholder.dtype), []).append((placeholder, draw))
+    groups.setdefault((draw.distribution, shape, placeholder.dtype), []).append(i)
   values: dict[int, jax.Array] = {}
-  keys = jax.random.split(key, max(len(groups), 1))
-  for group_key, ((distribution, shape, dtype), members) in zip(keys, groups.items()):
-    sample = DISTRIBUTIONS[distribution]
-    if shape is not None:
-      numbers = list(sample(group_key, (len(members), *shape), dtype))
-    else:
-      sizes = [placeholder.size for placeholder, _ in members]
-      flat, start, numbers = sample(group_key, (sum(sizes),), dtype), 0, []
-      for (placeholder, _), size in zip(members, sizes):
-        numbers.append(flat[start : start + size].reshape(placeholder.shape))
-        start += size
-    values |= {id(placeholder): draw.scale * x for (placeholder, draw), x in zip(members, numbers)}
+  for (distribution, shape, dtype), members in groups.items():
+    if shape is None:  # small ones of many shapes: as many numbers for each as the largest needs
+      shape = (max(waiting[i][0].size for i in members),)
+    draw_one = functools.partial(DISTRIBUTIONS[distribution], shape=shape, dtype=dtype)
+    drawn = (
+      jax.vmap(draw_one)(keys[np.array(members)])
+      if (chip.platform() or jax.default_backend()) == 'cpu'
+      else [draw_one(keys[i]) for i in members]
+    )
+    for i, numbers in zip(members, drawn):
+      placeholder, draw = waiting[i]
+      values[id(placeholder)] = draw.scale * numbers.reshape(-1)[: placeholder.size].reshape(placeholder.shape)
   return jax.tree.map(lambda leaf: values.get(id(leaf), leaf), tree)

@@ -20,7 +20,7 @@ import numpy as np
 from beitv2_jax.errors import UserError
 from beitv2_jax.kernels import attention
 from beitv2_jax.models.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalize
-from beitv2_jax.models.initializers import Draw, in_one_draw
+from beitv2_jax.models.initializers import Draw, drawn_together
 from beitv2_jax.models.layers import patches
 from beitv2_jax.models.vit import resize_pos_embed
 
@@ -248,7 +248,7 @@ def fresh_clip_params(model: Any, key: jax.Array) -> Any:
     return jnp.full(x.shape, dict(scale=1.0, bias=0.0, logit_scale=model.config.logit_scale_init_value)[name])
 
   shapes = _clip_shapes(model)
-  return in_one_draw(lambda _: jax.tree_util.tree_map_with_path(start, shapes), key)
+  return drawn_together(lambda _: jax.tree_util.tree_map_with_path(start, shapes), key)
 
 
 def new_clip(*, width, depth, heads, patch_size, image_size, projection, vocab, text_length) -> Any:

@@ -1,19 +1,19 @@
-"""Orbax checkpoints: workdir/checkpoints/<step>/ with `variables` (what the next stage opens) and `optimizer`.
+"""The checkpoints of a run: workdir/checkpoints/<step>/ with `variables` (what the next stage opens), `optimizer` and `checksums`.
 
-Orbax writes to a temporary name and renames at the end, so a checkpoint that can be seen is complete.
+Saves are written in the background, under a temporary name that is changed at the end. What is read is held to its checksums
+(weights/checkpoint_files.py); a damaged checkpoint is set aside, and the newest whole one taken.
 """
 
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
-from absl import logging
+from jax.experimental import multihost_utils
 
-from beitv2_jax.errors import SaveError
-from beitv2_jax.weights import trees
-from beitv2_jax.weights.stages import complete_steps, saved_shapes
-
-logging.set_verbosity(logging.WARNING)  # Orbax reports every phase of a save
+from beitv2_jax.errors import SaveError, UserError
+from beitv2_jax.weights import checkpoint_files, stages, trees
+from beitv2_jax.weights.checkpoint_files import Damaged
 
 
 class Checkpoints:
@@ -21,26 +21,33 @@ class Checkpoints:
 
   def __init__(self, workdir: str | Path, keep: int = 2, keep_every: int = 0):
     self.folder = Path(workdir).absolute() / 'checkpoints'
-    self.manager = ocp.CheckpointManager(
-      self.folder,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        keep_period=keep_every or None,
-        enable_async_checkpointing=True,
-        cleanup_tmp_directories=True,
-      ),
-      item_handlers={k: ocp.StandardCheckpointHandler() for k in ('variables', 'optimizer')},
-    )
+    self.keep, self.keep_every = keep, keep_every
+    self._manager: ocp.CheckpointManager | None = None
+
+  @property
+  def manager(self) -> ocp.CheckpointManager:
+    """Orbax's view of the folder, opened when damaged checkpoints are out of it."""
+    if self._manager is None:
+      self._manager = ocp.CheckpointManager(
+        self.folder,
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=self.keep,
+          keep_period=self.keep_every or None,
+          enable_async_checkpointing=True,
+          cleanup_tmp_directories=True,
+        ),
+        item_handlers=checkpoint_files.handlers(),
+      )
+    return self._manager
 
   def latest(self) -> int | None:
-    return self.manager.latest_step()
+    return max(checkpoint_files.steps(self.folder), default=None)
 
   def save(self, step: int, variables: Any, optimizer: Any) -> None:
     """Starts writing; returns once the arrays are copied. An earlier save's failure shows here."""
-    args = ocp.args.Composite(variables=ocp.args.StandardSave(variables), optimizer=ocp.args.StandardSave(optimizer))
     self._check(f'before step {step}')
     try:
-      self.manager.save(step, args=args, force=True)
+      self.manager.save(step, args=checkpoint_files.to_save(variables=variables, optimizer=optimizer), force=True)
     except Exception as e:  # disk full, no permission, lost mount: Orbax and tensorstore raise many types
       raise self._failed(step, e) from e
 
@@ -59,31 +66,59 @@ class Checkpoints:
       raise self._failed('in the background', e) from e
     self._check('in the background')
 
-  def _failed(self, step, e) -> SaveError:
+  def _failed(self, step: int | str, e: Exception) -> SaveError:
     try:
       self.manager.wait_until_finished()  # an earlier save may still be on its way
     except Exception:  # this save is the one to report
       pass
-    last = [s for s in complete_steps(self.folder) if s != step]
-    good = f'The last good checkpoint is step {max(last)}' if last else 'There is no earlier checkpoint'
     reason = (str(e).splitlines() or [type(e).__name__])[0][:300]
-    return SaveError(
-      f'could not save checkpoint {step} in {self.folder}: {reason}. {good}; free space or mend the disk, then run the same command to go on.'
-    )
+    return SaveError(f'could not save checkpoint {step} in {self.folder}: {reason}. {self.last_good(but=step)}')
 
-  def restore(self, step: int, variables: Any, optimizer: Any) -> tuple[Any, Any]:
-    """Arrays with the shapes and shardings of the given abstract trees; another layout's checkpoint is resharded."""
-    trees.check_same(
-      saved_shapes(self.folder / str(step) / 'variables'),
-      variables,
-      f'the checkpoint {self.folder}/{step}',
-      'the model of this config',
-      'Use the config it was made with or another workdir.',
-    )
-    restored = self.manager.restore(
-      step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(variables), optimizer=ocp.args.StandardRestore(optimizer))
-    )
-    return restored['variables'], restored['optimizer']
+  def last_good(self, but: int | str | None = None) -> str:
+    """What a run that cannot go on says last."""
+    last = [s for s in checkpoint_files.steps(self.folder) if s != but]
+    good = f'The last good checkpoint is step {last[0]}' if last else 'There is no earlier checkpoint'
+    return f'{good}; free space or mend the disk, then run the same command to go on.'
+
+  def restore(self, variables: Any, optimizer: Any) -> tuple[int, Any, Any, list[str]] | None:
+    """(step, variables, optimizer, what to tell the user) of the newest whole checkpoint; None if there is no checkpoint at all.
+
+    The arguments are abstract trees with the shapes and shardings wanted; another layout's checkpoint is resharded. Damaged checkpoints
+    that are newer are renamed to damaged-STEP. All processes must call it. Raises UserError if none is whole, or if it is another model's.
+    """
+    damaged: dict[int, Damaged] = {}
+    for step in checkpoint_files.steps(self.folder):
+      path = self.folder / str(step)
+      try:
+        self._check_same(path, variables=variables, optimizer=optimizer)
+        restored = checkpoint_files.read(path, 'variables', variables), checkpoint_files.read(path, 'optimizer', optimizer)
+      except Damaged as e:
+        damaged[step] = e
+        continue
+      return step, *restored, [self._set_aside(other, why, step) for other, why in damaged.items()]
+    if damaged:
+      raise UserError(stages.no_whole_checkpoint(self.folder, damaged))
+    return None
+
+  def _check_same(self, path: Path, **targets: Any) -> None:
+    contents = checkpoint_files.contents(path)
+    for item, target in targets.items():
+      trees.check_same(
+        contents.get(item, {}),
+        target,
+        f'the checkpoint {path}',
+        'the model of this config' if item == 'variables' else "this config's optimizer",
+        'Use the config it was made with or another workdir.',
+      )
+
+  def _set_aside(self, step: int, why: Damaged, taken: int) -> str:
+    name = checkpoint_files.free_name(self.folder, f'damaged-{step}')
+    if jax.process_index() == 0:
+      (self.folder / str(step)).rename(self.folder / name)
+    multihost_utils.sync_global_devices(f'damaged checkpoint {step}')
+    lost = f'{step - taken} steps are done again'
+    return f'warning: checkpoint {step} is damaged ({why}); it is now {self.folder / name}. Going on from step {taken}: {lost}.'
 
   def close(self) -> None:
-    self.manager.close()
+    if self._manager is not None:
+      self._manager.close()

@@ -4,6 +4,7 @@ import signal
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 
 class Interrupted(SystemExit):
@@ -13,11 +14,12 @@ class Interrupted(SystemExit):
 class Signals:
   """Notes SIGTERM and SIGINT while it is entered; a second one acts at once.
 
-  With several processes JAX's own preemption service tells all of them at the same step, and nothing is done here.
+  With several processes JAX's preemption service carries a SIGTERM to all of them, and they all learn of it at the same question.
   """
 
   def __init__(self):
     self.received = 0
+    self.asked = 0
     self.former_handlers: dict[int, Any] = {}
 
   def __enter__(self):
@@ -27,6 +29,13 @@ class Signals:
       except ValueError:  # not the main thread, as in some notebooks
         pass
     return self
+
+  def stop(self) -> bool:
+    """Is the run asked to stop? All processes must ask equally often, and get the same answer."""
+    self.asked += 1
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.asked):
+      self.received = signal.SIGTERM
+    return bool(self.received)
 
   def _note(self, number, frame):
     self.received = number

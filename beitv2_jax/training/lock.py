@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import SaveError, UserError
 
 BEAT = 10.0  # seconds from one count to the next
 STALE = 45.0  # seconds without one after which the run is taken for dead
@@ -55,7 +55,7 @@ def _alive(owner: dict[str, Any]) -> bool:
 class Lock:
   """`with Lock(workdir):` holds the workdir for this run, all of whose processes must enter it.
 
-  Raises UserError, in all of them, if another run holds it; its message names that run.
+  Raises UserError, in all of them, if another run holds it; its message names that run. SaveError if it cannot be written.
   """
 
   def __init__(self, workdir: Path, beat: float = BEAT, stale: float = STALE):
@@ -66,11 +66,11 @@ class Lock:
     self.thread = threading.Thread(target=self._count, daemon=True)
 
   def __enter__(self) -> 'Lock':
-    refused: UserError | None = None
+    refused: UserError | SaveError | None = None
     if jax.process_index() == 0:
       try:
         self._acquire()
-      except UserError as e:
+      except (UserError, SaveError) as e:
         refused = e
     if jax.process_count() > 1 and bool(multihost_utils.broadcast_one_to_all(np.array(refused is not None))):
       refused = refused or UserError('process 0 of this run says why it may not train in this workdir.')
@@ -96,7 +96,7 @@ class Lock:
       except FileExistsError:
         self._take_over()
       except OSError as e:
-        raise UserError(f'cannot write {self.path}: {e.strerror}.') from e
+        raise SaveError(f'could not write {self.path}: {e.strerror}; free space or mend the disk, then run the same command.') from e
     raise UserError(f'other runs are starting in {self.path.parent} at this moment; give each its own --workdir.')
 
   def _take_over(self) -> None:

@@ -1,24 +1,26 @@
 """The only training loop: prepare, begin or go on, loop, finish. What is trained is a task's business (tasks/).
 
-The order inside the loop is what keeps a run safe: dispatch a step, report the one before it, evaluate and save the state that
+The order inside the loop is what keeps a run safe: dispatch a step, report the one before it, save and evaluate the state that
 was reached, and only then pull the next batch. A state whose loss was not finite is never saved.
 """
 
+import contextlib
 import dataclasses
-import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 
 from beitv2_jax import config as config_lib
 from beitv2_jax import tasks
 from beitv2_jax.data import pipeline, sources
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.kernels import attention, chip, functions
 from beitv2_jax.training import evaluate, optim, sharding
 from beitv2_jax.training.checkpoint import Checkpoints
@@ -54,6 +56,16 @@ def run(config: Any, workdir: str | Path) -> dict[str, float]:
       raise
     finally:
       training.close()
+
+
+@contextlib.contextmanager
+def writing(workdir: Path, checkpoints: Checkpoints) -> Generator[None]:
+  """A disk that takes no more is an error that names it and the newest checkpoint."""
+  try:
+    yield
+  except OSError as e:
+    where = e.filename or workdir
+    raise SaveError(f'could not write {where}: {e.strerror or e}. {checkpoints.last_good()}') from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +115,30 @@ def begin(setup: Setup) -> 'Training':
   """The state of the newest checkpoint, or a new one, on the devices; metrics and batches from there on."""
   config, workdir = setup.config, setup.workdir
   checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
-  start, changes = checkpoints.latest() or 0, []
-  if start:
-    state = TrainState.join(*checkpoints.restore(start, *setup.layout.targets().split()))
-    changes = config_lib.changes(config_lib.load(workdir), config)
+  restored = checkpoints.restore(*setup.layout.targets().split())
+  if restored:
+    start, variables, optimizer, notes = restored
+    state = TrainState.join(variables, optimizer)
+    notes += config_changes(workdir, config)
   else:
+    start, notes = 0, []
     state = setup.layout.init(setup.init_key)
     if config.init_from:
       state = start_from(config.init_from, setup.task, state, setup.layout.shardings)
-  metrics = Metrics(workdir, start, setup.steps, workdir.name)
-  describe(setup, metrics, start, changes)
+  with writing(workdir, checkpoints):
+    metrics = Metrics(workdir, start, setup.steps, workdir.name)
+    describe(setup, metrics, start, notes)
   check_kernels(config, metrics)
   return Training(setup, state, start, checkpoints, metrics)
+
+
+def config_changes(workdir: Path, config: Any) -> list[str]:
+  """What to tell the user about settings that are not those the run began with."""
+  try:
+    changes = config_lib.changes(config_lib.load(workdir), config)
+  except UserError as e:
+    return [f'warning: {e} It is written again.']
+  return [f'warning: the run began with another config; {change}' for change in changes]
 
 
 def start_from(where: str, task: tasks.Task, state: TrainState, shardings: TrainState) -> TrainState:
@@ -127,10 +151,11 @@ def start_from(where: str, task: tasks.Task, state: TrainState, shardings: Train
   return TrainState.join(sharding.put(variables, shardings.split()[0]), optimizer)
 
 
-def describe(setup: Setup, metrics: Metrics, start: int, changes: list[str]) -> None:
+def describe(setup: Setup, metrics: Metrics, start: int, notes: list[str]) -> None:
   """Leaves config.json and parameters.txt in the workdir, and says in the terminal what is about to happen."""
   config, workdir, params = setup.config, setup.workdir, setup.layout.abstract.params
-  if jax.process_index() == 0:
+  finished = 0 < setup.steps <= start and (workdir / 'config.json').exists()  # such a run is not changed any more
+  if jax.process_index() == 0 and not finished:
     config_lib.save(config, workdir)
     (workdir / 'parameters.txt').write_text(parameter_overview.get_parameter_overview(params, include_stats=False) + '\n')
   count, platform = int(parameter_overview.count_parameters(params)), jax.devices()[0].platform
@@ -139,8 +164,8 @@ def describe(setup: Setup, metrics: Metrics, start: int, changes: list[str]) -> 
     metrics.say(f'going on from step {start}')
   elif config.init_from:
     metrics.say(f'starting from the weights in {config.init_from}')
-  for change in changes:
-    metrics.say(f'warning: the run began with another config; {change}')
+  for note in notes:
+    metrics.say(note)
 
 
 def check_kernels(config: Any, metrics: Metrics) -> None:
@@ -173,6 +198,7 @@ class Training:
     self.pending: tuple | None = None  # (step, metrics, seconds waited for input) of the newest step, not looked at yet
     self.found_idle: list[bool] = []  # for each step since the last report: was the device done with the one before?
     self.waited = 0.0  # seconds that the last batch took
+    self.saved = checkpoints.latest()  # the newest step that is saved, or being saved
     self.warned = False
 
   def _share(self) -> dict[str, Any]:
@@ -181,36 +207,60 @@ class Training:
     return dict(seed=config.seed, process=jax.process_index(), processes=jax.process_count(), max_bad=config.data.max_bad)
 
   def loop(self) -> None:
-    config, steps = self.setup.config, self.setup.steps
+    steps = self.setup.steps
+    if 0 < self.step < steps and self.evaluation_due():  # the run was stopped between the two
+      self.evaluate()
     batch = self.first_batch() if self.step < steps else None
     while self.step < steps:
       self.dispatch(batch)
-      stop = self.signals.received or self.checkpoints.manager.reached_preemption(self.step)
-      save = self.step % config.checkpoint.every == 0 or self.step == steps or stop
-      evaluation = self.step < steps and config.eval_every and self.step % config.eval_every == 0
-      if save or evaluation:
+      stop, evaluation = self.signals.stop(), self.step < steps and self.evaluation_due()
+      if evaluation or stop or self.save_due():
         self.report()  # never save a state whose loss was not finite
-      if evaluation:
-        self.metrics.write(self.step, 'eval', self.evaluate())
-      if save:
-        self.checkpoints.save(self.step, *self.state.split())
+      if stop or self.save_due():
+        self.save()
       if stop:
-        self.checkpoints.wait()
-        raise Interrupted(128 + (self.signals.received or signal.SIGTERM))
+        self.stop()
+      if evaluation:
+        self.evaluate()
       if self.step < steps:
         batch = self.pull()
 
   def finish(self) -> dict[str, float]:
     """Everything on disk, the last evaluation, and what the task leaves behind."""
-    if not self.start and not self.setup.steps:
-      self.checkpoints.save(0, *self.state.split())
+    if not self.setup.steps:
+      self.save()
     self.checkpoints.wait()
     variables = self.gather(self.state.split()[0])
-    results = self.evaluate(variables)
-    self.metrics.write(self.step, 'eval', results)
+    results = self.evaluate(variables) if self.not_yet_evaluated() else self.metrics.evaluated.get(self.step, {})
     if jax.process_index() == 0:
-      self.setup.task.finish(variables['params'], self.setup.workdir)
+      with writing(self.setup.workdir, self.checkpoints):
+        self.setup.task.finish(variables['params'], self.setup.workdir)
     return results
+
+  def save_due(self) -> bool:
+    return self.step % self.setup.config.checkpoint.every == 0 or self.step == self.setup.steps
+
+  def evaluation_due(self) -> bool:
+    every = self.setup.config.eval_every
+    return every > 0 and self.step % every == 0 and self.not_yet_evaluated()
+
+  def not_yet_evaluated(self) -> bool:
+    """Has this run no figures for this step yet? Process 0 knows, and tells the others."""
+    missing = self.step not in self.metrics.evaluated
+    return bool(multihost_utils.broadcast_one_to_all(np.array(missing))) if jax.process_count() > 1 else missing
+
+  def save(self) -> None:
+    """Starts saving the state of this step, unless that is done already."""
+    if self.saved != self.step:
+      with writing(self.setup.workdir, self.checkpoints):
+        self.metrics.keep()
+        self.checkpoints.save(self.step, *self.state.split())
+      self.saved = self.step
+
+  def stop(self) -> None:
+    self.save()
+    self.checkpoints.wait()
+    raise Interrupted(128 + self.signals.received)
 
   def first_batch(self) -> dict[str, jax.Array]:
     batch, setup = self.pull(), self.setup
@@ -236,7 +286,8 @@ class Training:
     with jax.transfer_guard('disallow'):
       self.state, values = self.train_step(self.state, self.frozen, batch, self.setup.step_key)
     self.step += 1
-    self.profile.step(values)
+    with writing(self.setup.workdir, self.checkpoints):
+      self.profile.step(values)
     self.report()
     self.pending = (self.step, values, self.waited)
 
@@ -262,21 +313,39 @@ class Training:
     self.found_idle.clear()
     images = rate * self.setup.config.batch_size
     speed = dict(steps_per_second=rate, images_per_second=images, input_wait=waited, device_waited=idle, bad_images=self.batches.bad)
-    self.metrics.write(step, 'train', values | speed)
+    self.write(step, 'train', values | speed)
     warning = self.setup.task.warning(step, values)
     if warning and not self.warned:
       self.warned = True
       self.metrics.say(f'warning at step {step}: {warning}')
 
+  def write(self, step: int, kind: str, values: dict[str, float]) -> None:
+    with writing(self.setup.workdir, self.checkpoints):
+      self.metrics.write(step, kind, values)
+
   def evaluate(self, variables: Any = None) -> dict[str, float]:
-    """The task's figures over the whole evaluation set. All processes must call it."""
+    """The task's figures over the whole evaluation set, which are also written. All processes must call it."""
     setup = self.setup
     variables = self.gather(self.state.split()[0]) if variables is None else variables
     batch = setup.config.eval_batch_size or setup.config.batch_size
     rows = pipeline.eval_batches(setup.sources['eval'], setup.transforms['eval'], batch=batch, **self._share())
     model_state = {k: v for k, v in variables.items() if k != 'params'}
-    return evaluate.run(setup.task, self.eval_step, (variables['params'], model_state, self.frozen), rows, setup.mesh)
+    arguments = (variables['params'], model_state, self.frozen)
+    results = evaluate.run(setup.task, self.eval_step, arguments, self.until_asked_to_stop(rows), setup.mesh)
+    self.write(self.step, 'eval', results)
+    return results
+
+  def until_asked_to_stop(self, rows: Iterable[dict]) -> Iterator[dict]:
+    """`rows`; a run that is asked to stop does not evaluate to the end, which may be long: it does that when it goes on."""
+    for row in rows:
+      yield row
+      if self.signals.stop():
+        self.stop()
 
   def close(self) -> None:
+    """Whatever ended the run is what matters now, so that a part that does not close is only named."""
     for part in (self.metrics, self.checkpoints, self.batches, self.profile):
-      part.close()
+      try:
+        part.close()
+      except Exception as e:  # Orbax, tensorstore, grain and the disk raise many types
+        print(f'warning: {type(part).__name__} did not close: {(str(e).splitlines() or [type(e).__name__])[0]}', file=sys.stderr)

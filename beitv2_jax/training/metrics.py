@@ -1,36 +1,42 @@
 """Where the numbers go: the terminal, a JSONL file and TensorBoard, written by process 0 alone."""
 
+import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 
 class Metrics:
-  """`train(step, values)` and `evaluation(step, values)` write scalars; `progress` moves the bar.
+  """`write` keeps scalars; `progress` moves the bar. What cannot be written raises OSError, but for TensorBoard's files, which are dropped.
 
-  `workdir/metrics.jsonl` has one object a line: step, kind ('train' or 'eval') and the values. Lines at or after
-  `start` are dropped on opening: a run that goes on writes them again.
+  `workdir/metrics.jsonl` has one object a line: step, kind ('train' or 'eval') and the values; one line for each step and kind. On
+  opening, lines after `start` are dropped, as are cut ones: a run that goes on writes them again. `evaluated` has the evaluations so far.
   """
 
   def __init__(self, workdir: Path, start: int, steps: int, name: str):
     self.active = jax.process_index() == 0
+    self.evaluated: dict[int, dict[str, float]] = {}
     if not self.active:
       return
-    path = workdir / 'metrics.jsonl'
-    if path.exists():
-      steps_of = [(_step(line), line) for line in path.read_text().splitlines()]
-      kept = [line for step, line in steps_of if step is not None and step <= start]
-      path.write_text(''.join(f'{line}\n' for line in kept))
-    self.file = path.open('a')
-    self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
+    self.path = workdir / 'metrics.jsonl'
+    rows = {(row['step'], row['kind']): row for row in _rows(self.path) if row['step'] <= start}
+    self.evaluated = {step: _values(row) for (step, kind), row in rows.items() if kind == 'eval'}
+    temporary = self.path.with_suffix('.tmp')
+    temporary.write_text(''.join(json.dumps(row) + '\n' for row in rows.values()))
+    temporary.replace(self.path)
+    self.file = self.path.open('ab', buffering=0)  # a line is in the file, or an error is raised, when `write` returns
     self.bar = tqdm(initial=start, total=steps, desc=name, dynamic_ncols=True, mininterval=0.5, disable=None, file=sys.stderr)
+    self.board = Board(workdir / 'tensorboard', start, self.say)
     self.clock = (start, time.monotonic())
 
   def progress(self, step: int, loss: float) -> None:
@@ -49,12 +55,20 @@ class Metrics:
     if not self.active:
       return
     values = {k: float(v) for k, v in values.items()}
-    self.file.write(json.dumps({'step': step, 'kind': kind} | {k: v if math.isfinite(v) else str(v) for k, v in values.items()}) + '\n')
-    self.file.flush()
-    for k, v in values.items():
-      self.board.add_scalar(f'{kind}/{k}', v, step)
+    row = {'step': step, 'kind': kind} | {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+    line = (json.dumps(row) + '\n').encode()
+    while line:  # a disk that is nearly full takes a part, and fails at the next
+      line = line[self.file.write(line) :]
+    if kind == 'eval':
+      self.evaluated[step] = values
+    self.board.write(step, {f'{kind}/{k}': v for k, v in values.items()})
     if kind == 'eval' or not sys.stderr.isatty():
       self.say(f'{kind} {step}: ' + '  '.join(f'{k} {v:.5g}' for k, v in values.items()))
+
+  def keep(self) -> None:
+    """Until the lines so far would survive a power cut: to be called before a checkpoint that relies on them."""
+    if self.active:
+      os.fsync(self.file.fileno())
 
   def say(self, text: str) -> None:
     if self.active:
@@ -67,15 +81,54 @@ class Metrics:
       self.file.close()
 
 
-def _step(line: str) -> int | None:
-  try:
-    return json.loads(line)['step']
-  except (ValueError, KeyError):
-    return None  # the last line of a killed run can be cut
+class Board:
+  """Scalars for TensorBoard. A run does not end for want of a picture: after the first failure it says so and writes no more."""
+
+  def __init__(self, folder: Path, start: int, say):
+    self.say, self.events = say, None
+    with self._dropped_if_it_fails():
+      folder.mkdir(exist_ok=True)
+      self.events = EventsWriter(str(folder / 'events'))
+      # What an earlier run wrote after `start` is not shown.
+      self.events.write_event(Event(wall_time=time.time(), step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+
+  @contextlib.contextmanager
+  def _dropped_if_it_fails(self):
+    try:
+      yield
+    except Exception as e:  # whatever the disk and tensorboardX make of it
+      self.events = None
+      self.say(f'warning: no more TensorBoard files from this run ({e}); metrics.jsonl has everything.')
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    if self.events is None:
+      return
+    with self._dropped_if_it_fails():
+      for name, value in values.items():
+        self.events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+      self.events.flush()
+
+  def close(self) -> None:
+    if self.events is not None:
+      with self._dropped_if_it_fails():
+        self.events.close()
+
+
+def _rows(path: Path) -> list[dict]:
+  """The lines of a metrics file that are whole."""
+  rows = []
+  for line in path.read_bytes().splitlines() if path.exists() else ():
+    with contextlib.suppress(ValueError):  # the last line of a killed run can be cut, and a disk can lose a block
+      row = json.loads(line)
+      if isinstance(row, dict) and isinstance(row.get('step'), int) and row.get('kind') in ('train', 'eval'):
+        rows.append(row)
+  return rows
+
+
+def _values(row: dict) -> dict[str, float]:
+  return {k: float(v) for k, v in row.items() if k not in ('step', 'kind')}
 
 
 def read(workdir: str | Path, kind: str = 'train') -> list[dict]:
   """The lines of one kind in a workdir's metrics.jsonl."""
-  path = Path(workdir) / 'metrics.jsonl'
-  rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-  return [r for r in rows if r['kind'] == kind]
+  return [row for row in _rows(Path(workdir) / 'metrics.jsonl') if row['kind'] == kind]

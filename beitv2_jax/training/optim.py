@@ -91,7 +91,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, first_moment: Any = jnp.floa
     count = state.count + 1
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
-    c1, c2 = (-jnp.expm1(count * math.log(b)) for b in (b1, b2))
+    c1, c2 = (-jnp.expm1(count * math.log(b)) if b else 1.0 for b in (b1, b2))
     kept = jax.tree.map(lambda m: m.astype(first_moment), mu)
     return jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), mu, nu), optax.ScaleByAdamState(count, kept, nu)
 

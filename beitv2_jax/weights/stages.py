@@ -1,51 +1,57 @@
 """The weights that a stage left in its workdir, read without the rest of its training: config.json and the newest `variables`."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
-
-
-def complete_steps(folder: Path) -> list[int]:
-  """Steps whose checkpoint was renamed to its final name, which Orbax does last."""
-  return [int(p.name) for p in folder.glob('*') if p.name.isdigit() and (p / 'variables').is_dir()]
-
-
-def saved_shapes(folder: Path) -> Any:
-  """The tree of a saved item, with array metadata for leaves."""
-  level = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)  # Orbax looks for metadata of a whole checkpoint here, and warns
-  try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      return checkpointer.metadata(folder).item_metadata.tree
-  finally:
-    logging.set_verbosity(level)
+from beitv2_jax.weights import checkpoint_files
+from beitv2_jax.weights.checkpoint_files import Damaged
 
 
 def write_variables(workdir: str | Path, step: int, variables: Any) -> None:
   """A checkpoint without optimizer state, as an importer makes it."""
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(Path(workdir).absolute() / 'checkpoints' / str(step) / 'variables', variables)
+  with ocp.CheckpointManager(Path(workdir).absolute() / 'checkpoints', item_handlers=checkpoint_files.handlers()) as manager:
+    manager.save(step, args=checkpoint_files.to_save(variables=variables), force=True)
 
 
 def load_variables(workdir: str | Path, what: str = 'a workdir of a finished stage') -> tuple[Any, Any, int]:
-  """(config, variables as numpy arrays, step) of the newest checkpoint in `workdir`. Raises UserError if there is none."""
+  """(config, variables as numpy arrays, step) of the newest whole checkpoint in `workdir`, which is left as it is.
+
+  Raises UserError if there is none. Warns on stderr of damaged ones that were passed over.
+  """
   config = config_lib.load(workdir, what)
   folder = Path(workdir).expanduser().absolute() / 'checkpoints'
-  steps = complete_steps(folder)
-  if not steps:
-    raise UserError(f'no complete checkpoint in {folder}: expected {what}; has its training saved yet?')
-  path = folder / str(max(steps)) / 'variables'
-  try:
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved_shapes(path))
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      variables = checkpointer.restore(path, restore_args=restore_args)
-  except Exception as e:  # missing or cut files: Orbax and tensorstore raise many types
-    raise UserError(f'the checkpoint {path} is damaged ({(str(e).splitlines() or [type(e).__name__])[0][:200]}).') from e
-  return config, variables, max(steps)
+  damaged: dict[int, Damaged] = {}
+  for step in checkpoint_files.steps(folder):
+    try:
+      variables = checkpoint_files.read(folder / str(step), 'variables')
+    except Damaged as e:
+      damaged[step] = e
+      continue
+    for other, why in damaged.items():
+      print(f'warning: the checkpoint {folder}/{other} is damaged ({why}); taking step {step}.', file=sys.stderr)
+    return config, variables, step
+  if damaged:
+    raise UserError(no_whole_checkpoint(folder, damaged))
+  raise UserError(f'no complete checkpoint in {folder}: expected {what}; has its training saved yet?')
+
+
+def checkpoints_of(workdir: str | Path) -> tuple[Path, Any]:
+  """(folder of checkpoints, config) of a workdir. Raises UserError if it is none."""
+  config = config_lib.load(workdir, 'a workdir')
+  folder = Path(workdir).expanduser().absolute() / 'checkpoints'
+  if not folder.is_dir():
+    raise UserError(f'no checkpoints in {folder.parent}: has its training saved yet?')
+  return folder, config
+
+
+def no_whole_checkpoint(folder: Path, damaged: dict[int, Damaged]) -> str:
+  found = '; '.join(f'{step}: {why}' for step, why in damaged.items())
+  return (
+    f'no checkpoint in {folder} is whole ({found}). Nothing was changed: bring them back from a copy, or begin in another --workdir. '
+    'If they were made before checkpoints had checksums: python -m beitv2_jax checkpoints --from DIR --trust.'
+  )
