@@ -31,6 +31,8 @@ def _data() -> ConfigDict:
       crop_pct=0.875,  # evaluation: shorter side to int(image_size / crop_pct), then the centre
       flip=True,
       resize='fast',  # of training crops: within one grey level of 'pillow', three times as fast
+      value_range=(),  # (low, high) of images with 16 bits or floats: what becomes black and white
+      channels=(),  # which three bands are taken, from 0, of images with others than red, green and blue
       max_bad=0.01,  # a run stops when a larger share of the images does not decode
       workers=0,  # decoding processes per host; 0 decodes in threads, -1 in the main thread
     )
@@ -153,6 +155,11 @@ def patch_grid(config: Any) -> tuple[int, int]:
   return h // config.model.patch_size, w // config.model.patch_size
 
 
+def reading(config: Any) -> dict[str, Any]:
+  """How image files become pixels, as arguments of data.decode.image."""
+  return {name: tuple(config.data.get(name, ())) for name in ('value_range', 'channels')}
+
+
 def layers(config: Any) -> dict[str, Any]:
   """How the blocks are run; not part of what the model is, so a config without it (an imported one) will do."""
   return dict(config.get('layers', {}))
@@ -178,6 +185,8 @@ def head_dims(config: Any) -> set[int]:
 
 def check(config: ConfigDict) -> None:
   """Errors that can be seen before data is read or a model is made. Raises UserError."""
+  if 'task' not in config or 'mesh' not in config:
+    raise UserError('this config is no recipe of a stage: it has no task. A recipe begins with beitv2_jax.config.base().')
   settings.check(config)
   devices, model = jax.device_count(), config.mesh.model
   if config.mesh.data == 0 or devices % model or (config.mesh.data > 0 and not _fits(config.mesh.data * model, devices)):
@@ -194,6 +203,11 @@ def check(config: ConfigDict) -> None:
     raise UserError(f'data.image_size={config.data.image_size} is not a multiple of model.patch_size={patch}.')
   if config.accumulate < 1 or config.batch_size % (data * config.accumulate):
     raise UserError(f'batch_size={config.batch_size} does not divide into accumulate={config.accumulate} parts on {data} data devices.')
+  for name, length in (('value_range', 2), ('channels', 3)):
+    if len(config.data[name]) not in (0, length):
+      raise UserError(f'data.{name}={config.data[name]}: {length} numbers, or none.')
+  if len(config.data.value_range) == 2 and config.data.value_range[0] >= config.data.value_range[1]:
+    raise UserError(f'data.value_range={config.data.value_range}: the first becomes black, the second, which is larger, white.')
   _check_model(config)
 
 

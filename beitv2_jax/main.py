@@ -21,7 +21,9 @@ _PROCESSES = flags.DEFINE_integer('processes', None, 'Number of processes, with 
 _PROCESS = flags.DEFINE_integer('process', None, 'Index of this process, with --coordinator.')
 
 
-def train(_) -> None:
+def train(argv: list[str]) -> None:
+  if argv[1:]:
+    raise UserError(f'unknown argument {argv[1]}; settings are --config.KEY=VALUE.')
   config = recipes.given(CONFIG.value)
   if not _WORKDIR.value:
     raise UserError('give --workdir=DIR: where checkpoints and metrics go, and what a stopped run goes on from.')

@@ -10,6 +10,15 @@ from ml_collections import config_flags
 
 from beitv2_jax.errors import UserError
 
+HELP = """Trains the stage that a recipe describes, or goes on with it.
+
+  python -m beitv2_jax.main --config=configs/vqkd_b16.py:smoke --workdir=runs/smoke --config.optim.lr=1e-3
+
+  --config=FILE[:ARGUMENTS]   a recipe of yours, or a shipped one; what it takes stands at its top
+  --config.KEY=VALUE          any of its fields: those of beitv2_jax/config.py and of the recipe
+  --workdir=DIR               where checkpoints, metrics and config.json go, and what a stopped run goes on from
+  --distributed               on a TPU slice; SLURM is found by itself; elsewhere --coordinator=HOST:PORT --processes=N --process=I"""
+
 
 def shipped() -> Path:
   """The folder of the recipes that come with the package."""
@@ -42,6 +51,9 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[
       argv[i + 1] = resolve(argv[i + 1])
   given, sys.argv = sys.argv, argv  # ml_collections looks there for the fields that are set
   try:
+    if any(a in ('--help', '-h', '-help', '--helpshort', '--helpfull') for a in argv):
+      print(HELP)
+      sys.exit(0)
     return flag_values(argv)
   except Exception as e:  # absl, ml_collections, and whatever the recipe itself raises
     raise _in_one_line(e, argv) from e
@@ -53,10 +65,13 @@ def _in_one_line(error: Exception, argv: list[str]) -> UserError:
   named = re.search(r'UserError: (.*)', str(error))  # raised in a recipe, wrapped by absl
   if isinstance(error, UserError) or named:
     return UserError(named[1] if named else str(error))
-  key = str(error).strip('"\'')
-  guilty = next((a for a in argv if isinstance(error, (AttributeError, KeyError)) and key and key in a), None)
+  found = re.search(r'\w+', str(error).replace('"', '').replace("'", ' ')) if isinstance(error, (AttributeError, KeyError)) else None
+  guilty = next((a for a in argv if found and re.search(rf'\.{found[0]}\b', a.partition('=')[0])), None)
   if guilty:
     return UserError(f'unknown config key in {guilty}; the keys are in beitv2_jax/config.py and the recipe.')
+  if "no attribute 'get_config'" in str(error):
+    file = next((a for a in argv if a.startswith('--config=')), '--config')
+    return UserError(f'{file} is no recipe: it has no function get_config(arg).')
   kind = '' if isinstance(error, (flags.Error, ValueError, TypeError)) else f'{type(error).__name__}: '
   return UserError(kind + (str(error).splitlines() or ['the config could not be read'])[0])
 

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from beitv2_jax.data import listing, transforms
+from beitv2_jax.data import decode, listing, transforms
 
 SIZE = (224, 224)
 
@@ -46,7 +46,7 @@ def main(folder: str, count: int) -> None:
   data = [d for d in data if Image.open(io.BytesIO(d)).mode == 'RGB']
   rng = np.random.default_rng(0)
   boxes = [transforms.random_box(*Image.open(io.BytesIO(d)).size, (0.08, 1.0), (3 / 4, 4 / 3), rng) for d in data]
-  decoders = {'Pillow': pillow_decode, 'simplejpeg, exact (ours)': transforms.decode, 'simplejpeg, fast': simplejpeg_fast}
+  decoders = {'Pillow': pillow_decode, 'simplejpeg, exact (ours)': decode.image, 'simplejpeg, fast': simplejpeg_fast}
   resizers = {
     'Pillow bicubic': pillow_resize,
     'vectorised, two passes (ours)': lambda crop: transforms.resize(crop, SIZE),
@@ -73,11 +73,11 @@ def main(folder: str, count: int) -> None:
   expected = [columns_then_rows(d, b) for d, b in zip(data, boxes)]
   print(f'{len(data)} images of {np.mean([len(d) for d in data]) / 1e3:.0f} kB\n')
   print('decoder                    resizer                          images/s a core   mean |difference|   share > 2')
-  for (dn, decode), (rn, resize) in itertools.product(decoders.items(), resizers.items()):
+  for (dn, decoder), (rn, resize) in itertools.product(decoders.items(), resizers.items()):
     best = np.inf
     for _ in range(3):
       start = time.process_time()
-      out = [resize(crop(decode(d), b)) for d, b in zip(data, boxes)]
+      out = [resize(crop(decoder(d), b)) for d, b in zip(data, boxes)]
       best = min(best, time.process_time() - start)
     difference = np.abs(np.stack(out).astype(int) - np.stack(expected))
     print(f'{dn:27s}{rn:33s}{len(data) / best:15.0f}{difference.mean():20.3f}{100 * (difference > 2).mean():10.2f} %')

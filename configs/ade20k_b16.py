@@ -48,7 +48,9 @@ def recipe(arg, size, recipes):
     )
   )
   c.class_names = ()  # filled in from the data, where it names them
-  c.labels = ConfigDict(dict(reduce_zero=True, ignore=(255,)))  # ADE20K: 0 is no class, 1 is class 0
+  # ADE20K: 0 is no class, 1 is class 0. `values`: what stands for the classes in the masks, if not their numbers, as (0, 255);
+  # `any`: train even if the masks hold one class only, or none of some.
+  c.labels = ConfigDict(dict(reduce_zero=True, ignore=(255,), values=(), any=False))
   c.aux_weight = 0.4
   c.average_over_ignored = True  # the official loss: pixels without a class count in the denominator
   c.data.update(source='scenes:ADEChallengeData2016', image_size=512)
@@ -59,6 +61,6 @@ def recipe(arg, size, recipes):
   if arg.smoke:
     config.smoke(c)
     c.data.source = 'fake-scenes:64'
-    c.model.update(width=32, depth=3, heads=2, patch_size=8, channels=32, aux_channels=16, out_indices=(0, 1, 1, 2))
+    c.model.update(width=32, depth=3, heads=2, patch_size=8, channels=32, aux_channels=16, out_indices=(0, 1, 1, 2), classes=5)
     c.update(batch_size=4, eval_batch_size=4, eval_every=0)
   return c.lock()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from beitv2_jax import commands
-from beitv2_jax.data import pipeline, prepare, sources, transforms
+from beitv2_jax.data import decode, pipeline, prepare, sources, transforms
 from beitv2_jax.errors import UserError
 
 WNIDS = ('n01440764', 'n01443537', 'n15075141')  # labels 0, 1 and 999
@@ -57,10 +57,10 @@ def test_what_is_prepared_reads_back(tars, tmp_path, monkeypatch):
   train, held = (sources.make('tfds:imagenet2012', s, data_dir=str(tmp_path)) for s in ('train', 'eval'))
   assert (len(train), len(held), len(train.classes)) == (12, 3, 1000)
   assert sorted({r['label'] for r in (train[i] for i in range(12))}) == [0, 1, 999]
-  seen = sorted(int(transforms.decode(train[i]['image'])[0, 0, 0]) for i in range(12))
+  seen = sorted(int(decode.image(train[i]['image'])[0, 0, 0]) for i in range(12))
   assert np.abs(np.array(seen) - sorted(60 * c + 10 * i for c in range(3) for i in range(4))).max() <= 4
   assert all(Image.open(io.BytesIO(train[i]['image'])).mode == 'RGB' for i in range(12))  # CMYK and PNG were made RGB JPEGs
-  by_value = {round(int(transforms.decode(r['image'])[0, 0, 0]) / 10) * 10: r['label'] for r in (held[i] for i in range(3))}
+  by_value = {round(int(decode.image(r['image'])[0, 0, 0]) / 10) * 10: r['label'] for r in (held[i] for i in range(3))}
   assert [train.classes[by_value[v]] for v in (200, 210, 220)] == list(VALIDATION)
   assert train[0]['label'] != train[11]['label'] or train[0]['label'] != train[5]['label']  # classes are mixed on disk
   batch = next(pipeline.train_batches(train, [transforms.RandomResizedCrop(32)], seed=0, batch=4, workers=-1))
@@ -90,7 +90,7 @@ def test_the_standard_builder_reads_it(tars, tmp_path):
 def test_smaller_images(tars, tmp_path):
   assert run(tars, tmp_path, '--partial', '--short-side', '128') == 0
   source = sources.make('tfds:imagenet2012_128', 'train', data_dir=str(tmp_path))
-  assert {transforms.decode(source[i]['image']).shape for i in range(len(source))} == {(128, 170, 3)}
+  assert {decode.image(source[i]['image']).shape for i in range(len(source))} == {(128, 170, 3)}
 
 
 def test_bad_tars(tars, tmp_path, capsys):

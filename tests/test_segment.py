@@ -11,7 +11,7 @@ from PIL import Image
 
 import beitv2_jax
 from beitv2_jax import commands
-from beitv2_jax.data import pipeline, scenes, sources
+from beitv2_jax.data import decode, scenes, sources
 from beitv2_jax.downstream import segmentation
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.upernet import linear_weights
@@ -62,7 +62,7 @@ def trained(folder, tmp_path_factory):
 
 def test_metrics_by_hand():
   """Two classes and one that is nowhere; pixels of no class don't count."""
-  label = np.array([[0, 0, 1, 1], [0, 255, 1, 255]])
+  label = np.array([[0, 0, 1, 1], [0, scenes.IGNORE, 1, scenes.IGNORE]])
   predicted = np.array([[0, 1, 1, 1], [0, 0, 0, 1]])
   matrix = scores.confusion(label, predicted, 3)
   np.testing.assert_array_equal(matrix, [[2, 1, 0], [1, 2, 0], [0, 0, 0]])
@@ -111,7 +111,7 @@ def test_prediction_follows_the_scores():
 def test_sources_with_masks(folder, tmp_path):
   train_set, held = (sources.make(f'scenes:{folder}', s) for s in ('train', 'eval'))
   assert len(train_set) == 8 and len(held) == 5 and train_set.classes == ['dark', 'bright', 'sky']
-  record = pipeline.Decoded(train_set)[3]
+  record = decode.Decoded(train_set)[3]
   np.testing.assert_array_equal(record['mask'], scene(3)[1])
   with pytest.raises(UserError, match='looked for images/training'):
     sources.make(f'scenes:{tmp_path}', 'train')
@@ -129,15 +129,15 @@ def test_ade20k_layout_and_labels(tmp_path):
     Image.fromarray(scene(0)[0]).save(tmp_path / 'images' / split / 'ADE_1.jpg')
     Image.fromarray(np.array([[0, 1], [150, 2]], np.uint8)).save(tmp_path / 'annotations' / split / 'ADE_1.png')
   source = sources.make(f'scenes:{tmp_path}', 'eval')
-  mask = pipeline.Decoded(source)[0]['mask']
+  mask = decode.Decoded(source)[0]['mask']
   record = dict(mask=mask, image=np.zeros((2, 2, 3), np.uint8))
-  np.testing.assert_array_equal(scenes.Labels(150, reduce_zero=True)(record, None)['mask'], [[255, 0], [149, 1]])
+  np.testing.assert_array_equal(scenes.Labels(150, reduce_zero=True)(record, None)['mask'], [[scenes.IGNORE, 0], [149, 1]])
   with pytest.raises(UserError, match='a mask holds 150, but there are 100 classes counted from 1'):
     scenes.Labels(100, reduce_zero=True)(record, None)
   with pytest.raises(UserError, match='a mask is 2x2, its image 3x2'):
     scenes.Labels(151)(record | dict(image=np.zeros((3, 2, 3), np.uint8)), None)
   with pytest.raises(ValueError, match='mode RGB'):
-    scenes.decode_mask((tmp_path / 'images' / 'validation' / 'ADE_1.jpg').read_bytes())
+    decode.mask((tmp_path / 'images' / 'validation' / 'ADE_1.jpg').read_bytes())
 
 
 def test_augmentation_keeps_image_and_mask_together():
@@ -156,11 +156,11 @@ def test_augmentation_keeps_image_and_mask_together():
     for step in steps:
       record = step(record, rng)
     x, m = record['image'].astype(int), record['mask']
-    assert x.shape == (32, 32, 3) and m.shape == (32, 32) and set(np.unique(m)) <= {0, 1, 2, 255}
+    assert x.shape == (32, 32, 3) and m.shape == (32, 32) and set(np.unique(m)) <= {0, 1, 2, scenes.IGNORE}
     bright = x[..., 0] > 120
     known = m < 2
     assert (bright[known] == (m[known] == 1)).mean() > 0.93
-    small += (m[-1] == 255).all()
+    small += (m[-1] == scenes.IGNORE).all()
   assert 3 < small < 29  # images are made smaller than the crop as well as larger
 
 
@@ -208,7 +208,7 @@ def test_masks_of_images_of_one_name_do_not_overwrite_each_other(trained, folder
   images = [f'{folder}/{split}/images/0.png' for split in ('train', 'val')]
   assert commands.run('predict', ['--from', str(trained[0]), *images, '--out', f'{tmp_path}/o', '--json', f'{tmp_path}/r.json']) == 0
   first, second = json.loads((tmp_path / 'r.json').read_text())
-  assert (first['mask'], second['mask']) == (f'{tmp_path}/o/0_mask.png', f'{tmp_path}/o/0_2_mask.png')
+  assert (first['mask'], second['mask']) == tuple(f'{tmp_path}/o/{split}/images/0_mask.png' for split in ('train', 'val'))
   assert np.array(Image.open(first['mask'])).shape == scene(0)[1].shape
   assert np.array(Image.open(second['mask'])).shape == scene(10)[1].shape
 

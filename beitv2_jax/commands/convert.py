@@ -6,6 +6,8 @@
 DIR is what every stage takes as tokenizer_from or init_from, and `beitv2_jax.load` opens. (--to is another name of --out.)
 """
 
+import argparse
+
 from beitv2_jax.commands import arguments
 from beitv2_jax.errors import UserError
 
@@ -15,17 +17,23 @@ KINDS = ('tokenizer', 'pretrain', 'classifier', 'segmenter')
 
 def _grid(text: str) -> tuple[int, int]:
   h, _, w = text.partition('x')
+  if not (h.isdigit() and w.isdigit()):
+    raise argparse.ArgumentTypeError(f'{text}: rows x columns of patches, such as 14x14')
   return int(h), int(w)
 
 
 def _indices(text: str) -> tuple[int, ...]:
+  if not all(i.isdigit() for i in text.split(',')):
+    raise argparse.ArgumentTypeError(f'{text}: block numbers from 0, such as 3,5,7,11')
   return tuple(int(i) for i in text.split(','))
 
 
 def _parser():
   parser = arguments.parser('convert', __doc__)
-  verbs = parser.add_subparsers(dest='verb', required=True)
-  imp = verbs.add_parser('import', help='an official file → a directory')
+  verbs = parser.add_subparsers(dest='verb', required=True, metavar='{import,export}')
+  imp = verbs.add_parser(
+    'import', help='an official file → a directory', epilog='python -m beitv2_jax convert import --kind tokenizer --from vqkd.pth --out DIR'
+  )
   imp.add_argument('--kind', required=True, choices=KINDS)
   arguments.add_from(imp, 'a .pth or .safetensors file')
   imp.add_argument('--out', '--to', dest='out', metavar='DIR', help='the directory to make')
@@ -35,7 +43,11 @@ def _parser():
   imp.add_argument('--grid', type=_grid, help='HxW patches, where they are not a square')
   imp.add_argument('--early-layer', type=int, help='block whose patches the aggregation reads; default depth-3, as in the official models')
   imp.add_argument('--out-indices', type=_indices, help='blocks a segmenter reads, from 0; default 3,5,7,11 of 12 and 7,11,15,23 of 24')
-  exp = verbs.add_parser('export', help='a directory → official, timm or Hugging Face files')
+  exp = verbs.add_parser(
+    'export',
+    help='a directory → official, timm or Hugging Face files',
+    epilog='python -m beitv2_jax convert export --from DIR --to-format timm --out model.safetensors',
+  )
   arguments.add_from(exp)
   exp.add_argument('--out', '--to', dest='out', metavar='PATH', required=True, help='a .safetensors file, or for hf a directory')
   exp.add_argument('--to-format', required=True, choices=('official', 'timm', 'hf'))

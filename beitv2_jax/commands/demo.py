@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--full', action='store_true', help='also the control: the same chain from an untrained teacher')
   parser.add_argument('--steps', type=float, default=1.0, help='share of the usual training steps, for a quick look')
   args = parser.parse_args(argv)
+  if args.steps <= 0:
+    raise UserError(f'--steps {args.steps:g}: a share of the usual steps, above 0.')
   began = time.time()
   try:
     import matplotlib  # noqa: F401

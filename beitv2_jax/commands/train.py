@@ -13,7 +13,7 @@ from beitv2_jax.commands.arguments import command
 @command
 def main(argv: list[str] | None = None) -> None:
   argv = argv or []
-  if not argv or argv[0] in ('-h', '--help'):
+  if argv and argv[0] in ('-h', '--help'):
     return print(__doc__)
   from beitv2_jax import main as entry
 

@@ -2,6 +2,7 @@
 the input or the training step will be the bottleneck on the accelerators it knows.
 """
 
+import functools
 import math
 import os
 import time
@@ -10,7 +11,7 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.costs import flops
-from beitv2_jax.data import pipeline, sources, transforms
+from beitv2_jax.data import decode, pipeline, sources, transforms
 from beitv2_jax.data.masking import BlockMask
 
 # Peak bf16 TFLOP/s of a chip and chips on a usual host, from the makers' data sheets.
@@ -27,7 +28,7 @@ def host_transforms(config) -> list:
   return steps
 
 
-def stages(source, steps: list, count: int) -> dict[str, float]:
+def stages(source, steps: list, count: int, reading: dict) -> dict[str, float]:
   """CPU seconds an image of every stage, one after the other on one core."""
   rng, spent = np.random.default_rng(0), {}
   order = rng.permutation(len(source))
@@ -42,8 +43,8 @@ def stages(source, steps: list, count: int) -> dict[str, float]:
   for i in range(count):
     try:
       record = timed('read', source.__getitem__, int(order[i % len(order)]))
-      record = record | dict(image=timed('decode', transforms.decode, record['image']))
-    except transforms.UNDECODABLE:  # training would step over it
+      record = record | dict(image=timed('decode', functools.partial(decode.image, **reading), record['image']))
+    except decode.UNDECODABLE:  # training would step over it
       continue
     for step in steps:
       record = timed(type(step).__name__, step, record, rng)
@@ -58,7 +59,9 @@ def through_pipeline(source, steps: list, config, count: int) -> tuple[float, fl
   """(images/s, seconds to the first batch, CPU seconds an image in this process) of the pipeline as training runs it."""
   batch = min(64, config.batch_size)
   start = time.monotonic()
-  batches = pipeline.train_batches(source, steps, seed=0, batch=batch, workers=config.data.workers, max_bad=1.0)
+  batches = pipeline.train_batches(
+    source, steps, seed=0, batch=batch, workers=config.data.workers, max_bad=1.0, reading=config_lib.reading(config)
+  )
   next(batches)
   first = time.monotonic() - start
   for _ in range(3):
@@ -76,7 +79,7 @@ def report(config, count: int) -> str:
   """All of it in words. `count` images are timed."""
   source = sources.make(config.data.source, 'train', config.data.dir, config.data.holdout)
   steps, workers = host_transforms(config), config.data.workers
-  spent = stages(source, steps, count)
+  spent = stages(source, steps, count, config_lib.reading(config))
   total = sum(spent.values())
   lines = [f'{config.data.source}: {len(source):,} images, {os.cpu_count()} cores', '', 'stage               ms an image   share']
   lines += [f'{name:20s}{seconds * 1e3:11.3f}{100 * seconds / total:7.0f} %' for name, seconds in spent.items()]

@@ -10,6 +10,7 @@ from absl import logging
 from beitv2_jax.errors import UserError
 
 EXTENSIONS = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
+HIDDEN = {'__macosx', '@eadir', 'lost+found', '$recycle.bin', 'system volume information', '__pycache__'}  # as systems leave them
 SPLITS = {'train': ('train', 'training'), 'eval': ('val', 'validation', 'valid', 'test', 'eval')}
 
 
@@ -46,8 +47,16 @@ class Names:
     return self.block[self.ends[i - 1] if i else 0 : self.ends[i]].decode('utf-8', 'surrogateescape')
 
 
-def image_folders(root: Path) -> list[tuple[str, list[str]]]:
-  """(folder relative to `root`, its images' names, sorted) for `root` and all its sub-folders that hold any, in order."""
+def is_hidden(name: str) -> bool:
+  """A file or folder that is a system's business: .ipynb_checkpoints, __MACOSX, ._photo.jpg."""
+  return name.startswith('.') or name.lower() in HIDDEN
+
+
+def image_folders(root: Path, first: bool = False) -> list[tuple[str, list[str]]]:
+  """(folder relative to `root`, its images' names, sorted) for `root` and all its sub-folders that hold any, in order.
+
+  Hidden ones do not count. With `first` it stops at the first folder with images.
+  """
   out, endings, seen = [], tuple(EXTENSIONS), set()
 
   def walk(folder: str) -> None:
@@ -59,13 +68,13 @@ def image_folders(root: Path) -> list[tuple[str, list[str]]]:
       names = sorted(os.listdir(os.path.join(root, folder)))
     except OSError as e:
       return logging.warning('left out %s: %s', e.filename, e.strerror)
-    images = [
-      n for n in names if n.lower().endswith(endings) and not n.startswith('._')
-    ]  # no look at each file: a million of them takes seconds
+    images = [n for n in names if n.lower().endswith(endings) and n[0] != '.']  # no look at each file: a million of them takes seconds
     if images:
       out.append((folder, images))
     for name in names if len(images) < len(names) else ():
-      if not name.lower().endswith(endings) and os.path.isdir(os.path.join(root, folder, name)):
+      if first and out:
+        return
+      if not name.lower().endswith(endings) and not is_hidden(name) and os.path.isdir(os.path.join(root, folder, name)):
         walk(os.path.join(folder, name))
 
   walk('')

@@ -8,68 +8,15 @@ on exactly where it was, on any number of hosts and workers.
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
-from beitv2_jax.data import scenes, sources, transforms
-from beitv2_jax.errors import UserError
-
-MAX_NEIGHBOURS = 16
-
-
-class Decoded:
-  """A source whose images are RGB arrays. One that won't decode is named in the log and replaced by the next that does.
-
-  `bad` in a record says how many were stepped over for it.
-  """
-
-  def __init__(self, source: Sequence):
-    self.source, self.said = source, 0
-
-  def __len__(self) -> int:
-    return len(self.source)
-
-  def __getitem__(self, i: int) -> dict:
-    for bad in range(MAX_NEIGHBOURS):
-      j = (i + bad) % len(self.source)
-      try:
-        record = self.source[j]
-        mask = {'mask': scenes.decode_mask(record['mask'])} if 'mask' in record else {}
-        return record | mask | dict(image=transforms.decode(record['image']), bad=np.int32(bad))
-      except transforms.UNDECODABLE as e:
-        name = getattr(self.source, 'name', str)(j)
-        self.said += 1
-        if self.said <= 20:
-          logging.warning('%s does not decode (%s); using the next image.%s', name, e, ' No more of these.' * (self.said == 20))
-    raise UserError(f'{MAX_NEIGHBOURS} images in a row do not decode; the last was {name}. Is the data set intact?')
-
-
-class Counted:
-  """Batches without their `bad` counts; too many end the run. `bad` and `seen` are this process's counts so far."""
-
-  def __init__(self, batches: Iterator[dict], max_bad: float):
-    self.batches, self.max_bad, self.bad, self.seen = batches, max_bad, 0, 0
-
-  def __iter__(self):
-    return self
-
-  def __next__(self) -> dict:
-    batch = dict(next(self.batches))
-    counts = batch.pop('bad')
-    self.bad, self.seen = self.bad + int(counts.sum()), self.seen + len(counts)
-    if self.bad > self.max_bad * max(self.seen, 1000):
-      raise UserError(
-        f'{self.bad} of the first {self.seen} images do not decode, more than data.max_bad={self.max_bad} allows; the log names the first ones. '
-        'Mend the data set, or raise --config.data.max_bad.'
-      )
-    return batch
-
-  def close(self) -> None:
-    getattr(self.batches, 'close', lambda: None)()
+from beitv2_jax.data import sources
+from beitv2_jax.data.decode import Counted, Decoded
 
 
 def _apply(steps: Sequence, record: dict, rng: np.random.Generator) -> dict:
@@ -118,20 +65,30 @@ def train_batches(
   process: int = 0,
   processes: int = 1,
   max_bad: float = 0.01,
+  reading: dict[str, Any] | None = None,
 ) -> Counted:
   """This process's part [batch / processes, ...] of batches start, start+1, ... as dicts of numpy arrays.
 
   `workers` > 0 decodes in that many processes, 0 in threads, -1 in the caller (for debugging). Raises UserError once more than
-  a share `max_bad` of the images (of 1,000 at least) does not decode.
+  a share `max_bad` of the images (of 1,000 at least) does not decode. `reading` are arguments of decode.image.
   """
-  dataset = grain.MapDataset.source(Decoded(source)).seed(seed).shuffle().repeat()
+  dataset = grain.MapDataset.source(Decoded(source, **reading or {})).seed(seed).shuffle().repeat()
   return _batches(dataset, steps, seed, batch, process, processes, start, workers, max_bad)
 
 
 def eval_batches(
-  source: Sequence, steps: Sequence, *, seed: int, batch: int, workers: int = 0, process: int = 0, processes: int = 1, max_bad: float = 0.01
+  source: Sequence,
+  steps: Sequence,
+  *,
+  seed: int,
+  batch: int,
+  workers: int = 0,
+  process: int = 0,
+  processes: int = 1,
+  max_bad: float = 0.01,
+  reading: dict[str, Any] | None = None,
 ) -> Counted:
   """Every record once, in order; the last batch is filled up with records whose `valid` is False."""
   count = math.ceil(len(source) / batch) * batch
-  dataset = grain.MapDataset.source(sources.Padded(Decoded(source), count))
+  dataset = grain.MapDataset.source(sources.Padded(Decoded(source, **reading or {}), count))
   return _batches(dataset, steps, seed, batch, process, processes, 0, workers, max_bad)

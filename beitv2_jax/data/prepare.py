@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from beitv2_jax.data import transforms
+from beitv2_jax.data import decode, transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.progress import bar
 
@@ -114,7 +114,7 @@ def stored(data: bytes, short_side: int) -> bytes:
   smaller = short_side and min(image.size) > short_side
   if image.format == 'JPEG' and image.mode in ('RGB', 'L') and not smaller:
     return data
-  pixels = transforms.decode(data)
+  pixels = decode.image(data)
   if smaller:
     h, w = pixels.shape[:2]
     size = (short_side, int(short_side * w / h)) if h <= w else (int(short_side * h / w), short_side)
@@ -146,7 +146,7 @@ def write_shard(index: Index, rows: range, target: Path, short_side: int) -> int
         tar.seek(offset)
         try:
           image = stored(tar.read(size), short_side)
-        except transforms.UNDECODABLE as e:
+        except decode.UNDECODABLE as e:
           raise UserError(f'{index.names[i]} in {index.tar} does not decode ({e}): the tar is damaged.') from e
         fields = dict(image=_feature('bytes_list', image), label=_feature('int64_list', label))
         fields['file_name'] = _feature('bytes_list', index.names[i].encode())

@@ -7,14 +7,11 @@ worker processes start fast.
 
 import dataclasses
 import functools
-import io
 import math
 import threading
-import warnings
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from absl import logging
 from PIL import Image, ImageEnhance
 
@@ -26,25 +23,7 @@ except ImportError:  # no wheel for this machine
 Record = dict
 Rng = np.random.Generator
 Size = tuple[int, int]
-UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what `decode` raises for a broken image
-
-
-def decode(image: bytes | np.ndarray) -> np.ndarray:
-  """Encoded bytes (or an array, as it is) → uint8 [h, w, 3], as Pillow's convert('RGB') gives. Raises one of UNDECODABLE.
-
-  EXIF orientation is ignored, as in the official code.
-  """
-  if isinstance(image, np.ndarray):
-    return image
-  if image[:2] == b'\xff\xd8':
-    try:
-      if simplejpeg.decode_jpeg_header(image)[2] in ('YCbCr', 'Gray'):
-        return simplejpeg.decode_jpeg(image, fastdct=False, fastupsample=False)  # these two are Pillow's choices
-    except ValueError:  # Pillow may be more lenient, and has the last word
-      pass
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # palettes with transparency, broken EXIF
-    return np.asarray(Image.open(io.BytesIO(image)).convert('RGB'))
+MAX_RESIZED = 2**26  # pixels: what is longer and thinner is cropped before it is resized
 
 
 @functools.cache
@@ -163,9 +142,14 @@ class CenterCrop:
     # The covering side is exact and the other one rounded down, as torchvision's Resize(shorter side) does.
     by_height = (tall, int(tall * image.shape[1] / image.shape[0]))
     by_width = (int(wide * image.shape[0] / image.shape[1]), wide)
-    image = resize(image, by_width if by_height[1] < wide else by_height, exact=True)
-    top, left = round((image.shape[0] - h) / 2), round((image.shape[1] - w) / 2)
-    return record | dict(image=image[top : top + h, left : left + w])
+    size = by_width if by_height[1] < wide else by_height
+    size = max(size[0], h), max(size[1], w)
+    top, left = round((size[0] - h) / 2), round((size[1] - w) / 2)
+    if size[0] * size[1] > MAX_RESIZED:  # an image of 1 x 5,000 pixels would become one of 256 x 1,280,000
+      rows, cols = image.shape[0] / size[0], image.shape[1] / size[1]
+      box = (left * cols, top * rows, (left + w) * cols, (top + h) * rows)
+      return record | dict(image=np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC, box)))
+    return record | dict(image=resize(image, size, exact=True)[top : top + h, left : left + w])
 
 
 def image_transforms(data, train: bool, jitter: float = 0.0, on_device: bool = False) -> list:

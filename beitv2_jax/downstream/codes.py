@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from beitv2_jax import config as config_lib
 from beitv2_jax.downstream import trained
 from beitv2_jax.downstream.image_files import prepared
 from beitv2_jax.errors import UserError
@@ -20,7 +21,7 @@ def tokenize(model: trained.Model, paths: list[Path], batch: int = 32) -> tuple[
   if not isinstance(size, int):
     raise UserError(f'the tokenizer takes {size} images; only square ones are prepared here. Use model.tokens(images).')
   names, codes = [], []
-  for part, images in prepared(paths, size, batch):
+  for part, images in prepared(paths, size, batch, **config_lib.reading(model.config)):
     names += part
     codes.append(trained.in_batches(model.tokens, images, batch=batch))
   if not names:

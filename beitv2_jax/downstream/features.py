@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from beitv2_jax import config as config_lib
 from beitv2_jax.data import pipeline, transforms
 from beitv2_jax.downstream import probes
 from beitv2_jax.errors import UserError
@@ -27,7 +28,7 @@ def extract(
   size = model.config.data.image_size
   size = size if isinstance(size, int) else tuple(size)
   steps = [transforms.CenterCrop(size, 0.875)] if view is None else [transforms.RandomResizedCrop(size), transforms.Flip()]
-  rows = pipeline.eval_batches(source, steps, seed=view or 0, batch=batch, max_bad=0.0)
+  rows = pipeline.eval_batches(source, steps, seed=view or 0, batch=batch, max_bad=0.0, reading=config_lib.reading(model.config))
   labels, shape = [], None
   with path.open('wb') as file:
     for part in bar(rows, 'batches', -(-len(source) // batch), f'features of {len(source):,} images'):

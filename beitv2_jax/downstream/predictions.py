@@ -1,6 +1,6 @@
 """What a model says of single images: the best classes, or a mask drawn over them."""
 
-import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from beitv2_jax.downstream.image_files import decoded, prepared
 def classes(model: Any, paths: list[Path], top: int = 5, crop_pct: float = 0.875, batch: int = 32) -> Iterator[dict]:
   """Yields dict(file, classes=[(name, probability), ...]) of every image that decodes."""
   names = model_classes(model.config)
-  for files, images in prepared(paths, model.config.data.image_size, batch, crop_pct):
+  for files, images in prepared(paths, model.config.data.image_size, batch, crop_pct, **config_lib.reading(model.config)):
     probabilities = np.asarray(jax.nn.softmax(trained.in_batches(model.logits, images, batch=batch)))
     for file, p in zip(files, probabilities):
       best = np.argsort(-p, kind='stable')[:top]
@@ -36,14 +36,17 @@ def masks(model: Any, paths: list[Path], out: Path, mode: str = 'slide', flip: b
   """Writes mask and overlay of every image that decodes; yields dict(file, mask, overlay, classes={name: share in %})."""
   names, colours = model_classes(model.config), palette(model.config.model.classes)
   out.mkdir(parents=True, exist_ok=True)
-  taken: set[str] = set()
-  for path, image in decoded(paths):
+  above = os.path.commonpath([path.absolute().parent for path in paths])  # its folders are mirrored below `out`
+  number = np.uint8 if len(names) <= 256 else np.uint16
+  taken: set[Path] = set()
+  for path, image in decoded(paths, **config_lib.reading(model.config)):
     best = segmentation.predict(model.logits, image, config_lib.image_shape(model.config)[:2], mode=mode, flip=flip)
-    numbered = (f'{path.stem}_{i}' for i in itertools.count(2))  # for images of one name in several folders
-    name = next(name for name in itertools.chain([path.stem], numbered) if name not in taken)
-    taken.add(name)
-    files = [out / f'{name}_{what}.png' for what in ('mask', 'overlay')]
-    Image.fromarray(best.astype(np.uint8)).save(files[0])
+    folder = out / path.absolute().parent.relative_to(above)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = folder / path.stem if folder / path.stem not in taken else folder / path.name.replace('.', '_')  # view.png beside view.jpg
+    taken.add(plain)
+    files = [plain.with_name(f'{plain.name}_{what}.png') for what in ('mask', 'overlay')]
+    Image.fromarray(best.astype(number)).save(files[0])
     Image.fromarray((0.5 * image + 0.5 * colours[best]).astype(np.uint8)).save(files[1])
     share = 100 * np.bincount(best.ravel(), minlength=len(names)) / best.size
     yield dict(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from beitv2_jax import config as config_lib
 from beitv2_jax.data import pipeline, sources, transforms
 from beitv2_jax.downstream.classes import class_subset, model_classes
 from beitv2_jax.downstream.probes import standard_error
@@ -24,7 +25,11 @@ def all_logits(model: Any, source: Any, crop_pct: float, batch: int) -> tuple[np
   """(logits [n, classes], labels [n]) over a source, every image once."""
   size = model.config.data.image_size
   rows = pipeline.eval_batches(
-    source, [transforms.CenterCrop(size if isinstance(size, int) else tuple(size), crop_pct)], seed=0, batch=batch
+    source,
+    [transforms.CenterCrop(size if isinstance(size, int) else tuple(size), crop_pct)],
+    seed=0,
+    batch=batch,
+    reading=config_lib.reading(model.config),
   )
   logits, labels = [], []
   for part in bar(rows, 'batches', -(-len(source) // batch)):

@@ -16,7 +16,7 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data import scenes
-from beitv2_jax.data.pipeline import Decoded
+from beitv2_jax.data.decode import Decoded
 from beitv2_jax.downstream.trained import in_batches
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.upernet import linear_weights
@@ -96,7 +96,7 @@ def predict(logits_of, image, size, mode='slide', scales=(1.0,), flip=False) -> 
 
 def evaluate(model: Any, source: Any, labels: scenes.Labels, **options: Any) -> dict[str, Any]:
   """Scores of a segmenter (trained.Model) over a `scenes` source, and the number of `images`. `options` go to `predict`."""
-  decoded, size = Decoded(source), config_lib.image_shape(model.config)[:2]
+  decoded, size = Decoded(source, **config_lib.reading(model.config)), config_lib.image_shape(model.config)[:2]
   total = np.zeros((labels.classes, labels.classes), np.int64)
   for i in bar(range(len(source)), 'images'):
     record = decoded[i]

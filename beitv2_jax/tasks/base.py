@@ -33,6 +33,11 @@ class Task:
     """Callables (record, rng) → record; see data/transforms.py. `source.classes` names the labels."""
     raise NotImplementedError
 
+  def look_at(self, sources: dict[str, Any]) -> list[str]:
+    """What the data are understood to be, in lines to be read before training; `sources` has 'train' and 'eval'. Raises UserError if
+    that cannot be what is meant."""
+    return [f'data: {len(sources["train"]):,} training and {len(sources["eval"]):,} evaluation images of {self.config.data.source}']
+
   def warm_start(self, params: Any, model_state: Any, frozen: Any, batch: dict, key: jax.Array) -> Any:
     """A better model_state from the first global batch, once, before step 0 (k-means codebook). Jitted."""
     return model_state

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from absl import logging
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data import augment
@@ -80,6 +82,22 @@ def fresh_where_missing(given: dict, fresh: dict, fresh_parts: tuple[str, ...]) 
   return trees.unflatten(flat | {k: v for k, v in want.items() if k not in flat and k.split('/')[0].startswith(fresh_parts)})
 
 
+def head_in_order(head: Any, theirs: tuple[str, ...], config: Any) -> Any:
+  """A classifier's head with its outputs in the order of this config's classes; classes are the same if their names are."""
+  ours = tuple(config.class_names)
+  if not theirs or not ours or theirs == ours:  # an imported checkpoint may have no names
+    return head
+  if set(theirs) != set(ours):
+    new = sorted(set(ours) - set(theirs))
+    raise UserError(
+      f'init_from={config.init_from} knows other classes: {", ".join(new[:3])} of {config.data.source} are not among them. --config.fresh_head=True keeps '
+      'its backbone and starts a new head.'
+    )
+  logging.warning('the classes of init_from=%s stand in another order here; the outputs of its head follow their names', config.init_from)
+  order = np.array([theirs.index(name) for name in ours])
+  return jax.tree.map(lambda x: x[..., order], head)
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassifyTask(Task):
   config: Any
@@ -100,6 +118,8 @@ class ClassifyTask(Task):
           '--config.fresh_head=True keeps its backbone and starts a new head.'
         )
       params = {k: v for k, v in params.items() if k != 'head'}
+    if theirs.task == 'classifier' and not config.fresh_head:
+      params = params | {'head': head_in_order(params['head'], tuple(theirs.get('class_names') or ()), config)}
     # fc_norm and the head start fresh after pretraining, as in the official code.
     params = fresh_where_missing(
       params, fresh['params'], ('fc_norm', 'norm', 'head') if theirs.task != 'classifier' or config.fresh_head else ()
@@ -110,6 +130,16 @@ class ClassifyTask(Task):
     config = self.config
     steps = image_transforms(config.data, train, 0.0 if config.rand_augment else config.color_jitter)
     return [*steps, RandAugment(config.rand_augment)] if train and config.rand_augment else steps
+
+  def look_at(self, sources):
+    config = self.config
+    if not sources['eval'].classes:
+      raise UserError(
+        f'{config.data.source} has labels for training and none for evaluation: give both, or point at the training part alone.'
+      )
+    names = [str(name) for name in config.class_names]
+    shown = ', '.join(names[:8]) + (f' ... {names[-1]}' if len(names) > 8 else '')
+    return [*super().look_at(sources), f'{len(names)} classes: {shown}']
 
   def _logits(self, params, images, **kwargs):
     return self.model.apply({'params': params}, images, **kwargs).astype(jnp.float32)

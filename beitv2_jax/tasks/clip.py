@@ -40,7 +40,25 @@ class Caption:
     return record | dict(text=caption_ids(self.captions[record['label']], self.length))
 
 
+def _tell_apart(captions: tuple[str, ...], length: int) -> None:
+  """Raises UserError for captions that are the same to the text encoder."""
+  seen: dict[bytes, str] = {}
+  for caption in captions:
+    other = seen.setdefault(caption_ids(caption, length).tobytes(), caption)
+    if other != caption:
+      raise UserError(
+        f'{other!r} and {caption!r} are the same to the text encoder (model.text_length={length}, upper and lower case do not count): rename a class.'
+      )
+
+
+def captions_of(config: Any, source: Any) -> tuple[str, ...]:
+  return tuple(config.caption.format(name) for name in source.classes)
+
+
 def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
+  if source is not None and source.classes:  # room for the longest caption: cut ones could be the same
+    words = max(len(caption.split()) for caption in captions_of(config, source))
+    config.model.text_length = max(config.model.text_length, words + 2)
   model = teacher.new_clip(**config.model.to_dict(), image_size=config.data.image_size, vocab=VOCAB)
   return ClipTask(config, model), {}
 
@@ -56,7 +74,8 @@ class ClipTask(Task):
   def transforms(self, train, source):
     if not source.classes:
       raise UserError(f'{self.config.data.source} has no classes to make captions of; use a folder of class folders, or a ready teacher.')
-    captions = tuple(self.config.caption.format(name) for name in source.classes)
+    captions = captions_of(self.config, source)
+    _tell_apart(captions, self.config.model.text_length)
     return [*image_transforms(self.config.data, train), Caption(captions, self.config.model.text_length)]
 
   def _logits(self, params, batch):

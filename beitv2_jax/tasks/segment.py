@@ -32,7 +32,8 @@ def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task,
 
 
 def labels_of(config: Any) -> scenes.Labels:
-  return scenes.Labels(config.model.classes, config.labels.reduce_zero, tuple(config.labels.ignore))
+  labels = config.labels
+  return scenes.Labels(config.model.classes, labels.reduce_zero, tuple(labels.ignore), tuple(labels.get('values', ())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,16 @@ class SegmentTask(Task):
       scenes.PhotometricDistortion(),
       scenes.Pad(size),
     ]
+
+  def look_at(self, sources):
+    config, labels, lines = self.config, labels_of(self.config), super().look_at(sources)
+    for split, source in sources.items():
+      survey = scenes.survey(source, labels)
+      lines.append(f'{split} masks: {survey}')
+      problem = survey.problem(must_occur=split == 'train')
+      if problem and not config.labels.get('any', False):
+        raise UserError(f'{config.data.source}: {problem} The {split} masks hold: {survey}. --config.labels.any=True trains all the same.')
+    return lines
 
   def _apply(self, variables, images, **kwargs):
     return self.model.apply(variables, imagenet_images(images), **kwargs)

@@ -83,6 +83,7 @@ class Setup:
   optimizer: Any
   schedule: Callable
   layout: StateLayout
+  understood: list[str]  # what the data are taken to be
   init_key: jax.Array
   warm_start_key: jax.Array
   step_key: jax.Array
@@ -101,6 +102,7 @@ def prepare(config: Any, workdir: Path) -> Setup:
   config_lib.check(config)
   opened = {split: sources.make(config.data.source, split, config.data.dir, config.data.holdout) for split in ('train', 'eval')}
   task, frozen = tasks.make(config, source=opened['train'])
+  understood = task.look_at(opened)
   transforms = {split: task.transforms(split == 'train', opened[split]) for split in opened}
   steps, warmup = planned_steps(config, len(opened['train']))
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
@@ -108,7 +110,7 @@ def prepare(config: Any, workdir: Path) -> Setup:
   # Made on the mesh: a key on one device would have to move to the others in every step.
   make_keys = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed), 3)), out_shardings=sharding.replicated(mesh))
   layout = state_layout(task, optimizer, mesh, config)
-  return Setup(config, workdir, task, frozen, opened, transforms, steps, mesh, optimizer, schedule, layout, *make_keys())
+  return Setup(config, workdir, task, frozen, opened, transforms, steps, mesh, optimizer, schedule, layout, understood, *make_keys())
 
 
 def begin(setup: Setup) -> 'Training':
@@ -135,9 +137,18 @@ def begin(setup: Setup) -> 'Training':
 def config_changes(workdir: Path, config: Any) -> list[str]:
   """What to tell the user about settings that are not those the run began with."""
   try:
-    changes = config_lib.changes(config_lib.load(workdir), config)
+    former = config_lib.load(workdir)
   except UserError as e:
     return [f'warning: {e} It is written again.']
+  before, now = tuple(former.get('class_names') or ()), tuple(config.get('class_names') or ())
+  if before and now and before != now:
+    place = next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))
+    names = ['/'.join(x[place : place + 1]) or 'nothing' for x in (before, now)]
+    raise UserError(
+      f'the run in {workdir} knows other classes, or the same in another order: class {place} was {names[0]}, in {config.data.source} it is {names[1]}. Give '
+      'it the data it began with, or start in another workdir.'
+    )
+  changes = config_lib.changes(former, config)
   return [f'warning: the run began with another config; {change}' for change in changes]
 
 
@@ -157,6 +168,7 @@ def describe(setup: Setup, metrics: Metrics, start: int, notes: list[str]) -> No
   finished = 0 < setup.steps <= start and (workdir / 'config.json').exists()  # such a run is not changed any more
   if jax.process_index() == 0 and not finished:
     config_lib.save(config, workdir)
+    (workdir / 'data.txt').write_text('\n'.join(setup.understood) + '\n')
     (workdir / 'parameters.txt').write_text(parameter_overview.get_parameter_overview(params, include_stats=False) + '\n')
   count, platform = int(parameter_overview.count_parameters(params)), jax.devices()[0].platform
   metrics.say(f'{workdir.name}: {count:,} parameters, {setup.steps} steps of {config.batch_size} on {setup.mesh.size} {platform} devices')
@@ -164,7 +176,7 @@ def describe(setup: Setup, metrics: Metrics, start: int, notes: list[str]) -> No
     metrics.say(f'going on from step {start}')
   elif config.init_from:
     metrics.say(f'starting from the weights in {config.init_from}')
-  for note in notes:
+  for note in [*setup.understood, *notes]:
     metrics.say(note)
 
 
@@ -204,7 +216,8 @@ class Training:
   def _share(self) -> dict[str, Any]:
     """This process's part of the data."""
     config = self.setup.config
-    return dict(seed=config.seed, process=jax.process_index(), processes=jax.process_count(), max_bad=config.data.max_bad)
+    reading = config_lib.reading(config)
+    return dict(seed=config.seed, process=jax.process_index(), processes=jax.process_count(), max_bad=config.data.max_bad, reading=reading)
 
   def loop(self) -> None:
     steps = self.setup.steps

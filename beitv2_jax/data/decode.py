@@ -1,0 +1,152 @@
+"""Image files become pixels, and broken ones are stepped over: named in the log, counted, and an error when there are too many."""
+
+import functools
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from absl import logging
+from PIL import Image
+
+from beitv2_jax.errors import UserError
+
+try:
+  import pillow_heif  # ty: ignore
+
+  pillow_heif.register_heif_opener()
+except ImportError:  # HEIC is for those who install it
+  pass
+
+UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what `image` raises for a broken file
+# Pillow knows others, some of which run programs.
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000', 'HEIF')
+MAX_PIXELS = 178_956_970  # Pillow's own limit: what claims more is an attack, or has to be cut up first
+MAX_NEIGHBOURS = 16
+LARGEST_CLASS = 2**16 - 1
+
+
+def image(data: bytes | np.ndarray, value_range: Sequence[float] = (), channels: Sequence[int] = ()) -> np.ndarray:
+  """Encoded bytes (or an array, as it is) → uint8 [h, w, 3], as Pillow's convert('RGB') gives. Raises one of UNDECODABLE.
+
+  Args:
+    value_range: (low, high), which become 0 and 255: for images of 16 bits or floats, which need it.
+    channels: three bands by index, from 0, of images that have others than red, green and blue. One may be named several times.
+
+  EXIF orientation is ignored, as in the official code; of an animation the first picture is taken.
+  """
+  if isinstance(data, np.ndarray):
+    return data
+  if data[:2] == b'\xff\xd8' and not channels:
+    try:
+      height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # Pillow may be more lenient, and has the last word
+      colours = ''
+    else:
+      _check_size(int(width), int(height))
+    if colours in ('YCbCr', 'Gray'):
+      try:
+        return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)  # these two are Pillow's choices
+      except ValueError:
+        pass
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # palettes with transparency, broken EXIF
+    opened = Image.open(io.BytesIO(data), formats=_formats())
+    _check_size(*opened.size)
+    if not channels and opened.mode not in ('F', 'I') and not opened.mode.startswith('I;16'):
+      return np.asarray(opened.convert('RGB'))
+    return _bands(np.asarray(opened), value_range, channels)
+
+
+def mask(data: bytes | np.ndarray) -> np.ndarray:
+  """PNG of one channel or with a palette → its numbers, int [h, w]. Raises ValueError for colour images."""
+  if isinstance(data, np.ndarray):
+    return data
+  opened = Image.open(io.BytesIO(data), formats=_formats())
+  _check_size(*opened.size)
+  numbers = np.array(opened)
+  if numbers.ndim != 2:
+    raise ValueError(f'the mask has mode {opened.mode}; a mask is one channel of class numbers, or a palette image')
+  if numbers.dtype == bool:  # one bit a pixel
+    return numbers.astype(np.int32)
+  if not np.issubdtype(numbers.dtype, np.integer) or numbers.min(initial=0) < 0 or numbers.max(initial=0) > LARGEST_CLASS:
+    raise ValueError(f'the mask has mode {opened.mode}; its values must be whole numbers from 0 to {LARGEST_CLASS}')
+  return numbers.astype(np.int32)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+  """Those of FORMATS that this Pillow reads."""
+  Image.init()
+  return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_size(width: int, height: int) -> None:
+  if width * height > MAX_PIXELS:
+    raise ValueError(f'{width} x {height} pixels, more than the {MAX_PIXELS:,} that are read')
+
+
+def _bands(pixels: np.ndarray, value_range: Sequence[float], channels: Sequence[int]) -> np.ndarray:
+  """Any number of bands of any type → uint8 [h, w, 3]."""
+  pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+  if pixels.dtype != np.uint8:
+    if len(value_range) != 2:
+      raise ValueError(f'values of type {pixels.dtype}: say which become black and white, such as --config.data.value_range="(0, 65535)"')
+    low, high = value_range
+    pixels = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low)), 0, 255).round().astype(np.uint8)
+  if channels and max(channels) >= pixels.shape[2]:
+    raise ValueError(f'{pixels.shape[2]} bands, so no data.channels={tuple(channels)}')
+  return pixels[..., list(channels) or [0, 0, 0]]
+
+
+class Decoded:
+  """A source whose images are RGB arrays. One that won't decode is named in the log and replaced by the next that does.
+
+  `bad` in a record says how many were stepped over for it. `options` go to `image`.
+  """
+
+  def __init__(self, source: Sequence, **options: Any):
+    self.source, self.options, self.said = source, options, 0
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, i: int) -> dict:
+    for bad in range(MAX_NEIGHBOURS):
+      j = (i + bad) % len(self.source)
+      try:
+        record = self.source[j]
+        masks = {'mask': mask(record['mask'])} if 'mask' in record else {}
+        return record | masks | dict(image=image(record['image'], **self.options), bad=np.int32(bad))
+      except UNDECODABLE as e:
+        name = getattr(self.source, 'name', str)(j)
+        self.said += 1
+        if self.said <= 20:
+          logging.warning('%s does not decode (%s); using the next image.%s', name, e, ' No more of these.' * (self.said == 20))
+    raise UserError(f'{MAX_NEIGHBOURS} images in a row do not decode; the last was {name}. Is the data set intact?')
+
+
+class Counted:
+  """Batches without their `bad` counts; too many end the run. `bad` and `seen` are this process's counts so far."""
+
+  def __init__(self, batches: Iterator[dict], max_bad: float):
+    self.batches, self.max_bad, self.bad, self.seen = batches, max_bad, 0, 0
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> dict:
+    batch = dict(next(self.batches))
+    counts = batch.pop('bad')
+    self.bad, self.seen = self.bad + int(counts.sum()), self.seen + len(counts)
+    if self.bad > self.max_bad * max(self.seen, 1000):
+      raise UserError(
+        f'{self.bad} of the first {self.seen} images do not decode, more than data.max_bad={self.max_bad} allows; the log names the first ones. '
+        'Mend the data set, or raise --config.data.max_bad.'
+      )
+    return batch
+
+  def close(self) -> None:
+    getattr(self.batches, 'close', lambda: None)()
