@@ -20,4 +20,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  code = main()
+  if sys.argv[1:2] == ['train']:
+    from beitv2_jax.main import end
+
+    end(code)
+  sys.exit(code)

@@ -5,5 +5,9 @@ class UserError(Exception):
   """Bad input. The message says what to do; command lines print it alone, without a traceback."""
 
 
-class SaveError(RuntimeError):
-  """A checkpoint could not be written; older ones are intact."""
+class RunFailed(RuntimeError):
+  """A run cannot go on for a reason outside of it. Its checkpoints are intact, and the same command goes on from them."""
+
+
+class SaveError(RunFailed):
+  """Something could not be written."""

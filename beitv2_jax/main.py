@@ -4,13 +4,16 @@ Trains the stage that a config describes. Every field can be set from the comman
 on where a stopped run was. `python -m beitv2_jax train` is the same.
 """
 
+import os
+import signal
 import sys
+import threading
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from beitv2_jax import recipes
-from beitv2_jax.errors import SaveError, UserError
+from beitv2_jax.errors import RunFailed, UserError
 
 # Decoding processes import this file again, so what is slow to import is imported inside functions.
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A recipe, with arguments after a colon.', lock_config=True)
@@ -31,6 +34,7 @@ def train(argv: list[str]) -> None:
     raise UserError(f'--workdir={_WORKDIR.value}: give a directory; mount a bucket (gcsfuse) where you want to write to one.')
   from beitv2_jax.training import loop, process
 
+  process.quiet_threads()
   process.use_compilation_cache()
   process.start_distributed(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
   loop.run(config, _WORKDIR.value)
@@ -38,15 +42,14 @@ def train(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
   """Exits with 0; 2 for bad input, 1 for a run that failed, 130 and 143 for a signal after which state was saved."""
+  if threading.current_thread() is threading.main_thread():  # until training begins, and for a second Ctrl-C in it
+    signal.signal(signal.SIGINT, _stop_at_once)
   try:
     app.run(train, argv=argv, flags_parser=recipes.parse)
   except UserError as e:
     sys.exit(_error(e, 2))
-  except (FloatingPointError, SaveError) as e:
+  except (FloatingPointError, RunFailed) as e:
     sys.exit(_error(e, 1))
-  except KeyboardInterrupt:
-    print('stopped; nothing was lost but the steps since the last checkpoint.', file=sys.stderr)
-    sys.exit(130)
 
 
 def _error(e: Exception, code: int) -> int:
@@ -54,5 +57,23 @@ def _error(e: Exception, code: int) -> int:
   return code
 
 
+def _stop_at_once(*_) -> None:
+  """Without an exception, which could come up anywhere and be swallowed."""
+  os.write(2, b'stopped; nothing is lost but the steps since the last checkpoint.\n')
+  os._exit(130)
+
+
+def end(code: int) -> None:
+  """Ends the process. One that failed does not wait for threads that write to a full disk or wait for a lost host."""
+  if code == 1:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
+
+
 if __name__ == '__main__':
-  main()
+  try:
+    main()
+  except SystemExit as e:
+    end(e.code if isinstance(e.code, int) else 0 if e.code is None else 1)

@@ -19,8 +19,10 @@ from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MIM
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.tensor_files import files
 from beitv2_jax.training import sharding
-from beitv2_jax.weights import convert, files, official, stages, trees
+from beitv2_jax.weights import convert, official, stages, trees
+from benchmarks.campaign import weights as weights_attack
 from tests.conftest import smoke
 
 MODULES = {
@@ -133,7 +135,7 @@ def broken(tmp_path):
   [
     ('cut.safetensors', 'classifier', 'not a whole safetensors file'),
     ('cut.pth', 'classifier', 'is cut off'),
-    ('damaged.pth', 'classifier', 'is damaged'),
+    ('damaged.pth', 'classifier', 'cut off or damaged'),
     ('empty.pth', 'classifier', 'holds no tensors'),
     ('none.pth', 'classifier', 'no file'),
     ('good.safetensors', 'tokenizer', 'this is not a tokenizer checkpoint'),
@@ -213,7 +215,7 @@ def test_a_segmenter_comes_back_from_hugging_face(tmp_path):
     ('pretrain', ['--early-layer', '4'], 'a block before the last of 4'),
     ('pretrain', ['--early-layer', '-1'], 'a block before the last of 4'),
     ('classifier', ['--num-heads', '-2'], 'at least 1'),
-    ('classifier', [], 'not finite in head.bias'),
+    ('classifier', [], 'head.bias has values that are not finite'),
   ],
 )
 def test_impossible_sizes_and_weights_are_refused(tmp_path, capsys, kind, extra, words):
@@ -237,3 +239,86 @@ def test_a_target_inside_a_file_and_a_damaged_checkpoint_are_one_line(tmp_path, 
       path.write_bytes(path.read_bytes()[:3])
   with pytest.raises(UserError, match='no checkpoint in .* is whole'):
     beitv2_jax.load(tmp_path / 'dir')
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_changed_files_are_imported_or_refused_in_a_line(tmp_path, seed):
+  """A short round of benchmarks/campaign."""
+  kind = sorted(MODULES)[seed % 4]
+  path, what = weights_attack.write(tmp_path, random_state(kind), np.random.default_rng(seed))
+  try:
+    convert.import_checkpoint(kind, path, tmp_path / 'out', grid=(2, 3))
+  except UserError as e:
+    assert '\n' not in str(e), what
+    assert not (tmp_path / 'out').exists()
+  else:
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(stages.load_variables(tmp_path / 'out')[1])), what
+
+
+@pytest.mark.parametrize('trap', ['strides', 'offset', 'negative', 'keys', 'shared', 'code', 'bomb'])
+def test_traps_in_a_pickle_are_refused(tmp_path, trap):
+  (tmp_path / 'file.pth').write_bytes(weights_attack.as_pth(random_state('classifier'), trap))
+  with pytest.raises(UserError):
+    convert.import_checkpoint('classifier', tmp_path / 'file.pth', tmp_path / 'out', grid=(2, 3))
+  assert not os.path.exists('/tmp/beitv2_jax_ran_code')
+
+
+@pytest.mark.parametrize('trap', ['', 'settings', 'memo', 'attributes'])
+def test_settings_and_odd_memos_do_not_stand_in_the_way(tmp_path, trap):
+  state = random_state('classifier')
+  (tmp_path / 'file.pth').write_bytes(weights_attack.as_pth(state, trap))
+  read = files.read_state(tmp_path / 'file.pth')
+  assert read.keys() == state.keys() and all(np.array_equal(read[k], state[k]) for k in state)
+
+
+def test_pytorchs_format_before_1_6(tmp_path):
+  """Pickles one after the other, then the storages: made by hand, as torch.save(_use_new_zipfile_serialization=False) does."""
+  storages = dict(a=np.arange(6, dtype=np.float32), b=np.arange(4, dtype=np.int64))
+  storage = lambda key, kind, count: weights_attack._tuple(
+    weights_attack._text('storage'), weights_attack._global('torch', kind), weights_attack._text(key), weights_attack._text('cpu'),
+    weights_attack._int(count), b'N',
+  ) + b'Q'  # fmt: skip
+  tensor = lambda stored, *size: weights_attack._global('torch._utils', '_rebuild_tensor_v2') + weights_attack._tuple(
+    stored, weights_attack._int(0), weights_attack._tuple(*map(weights_attack._int, size)),
+    weights_attack._tuple(*map(weights_attack._int, (3, 1) if len(size) == 2 else (1,))), b'\x89', b'}',
+  ) + b'R'  # fmt: skip
+  entries = (
+    weights_attack._text('x')
+    + tensor(storage('a', 'FloatStorage', 6), 2, 3)
+    + weights_attack._text('y')
+    + tensor(storage('b', 'LongStorage', 4), 4)
+  )
+  parts = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {'little_endian': True})]
+  parts += [b'\x80\x02}(' + entries + b'u.', pickle.dumps(['a', 'b'], 2)]
+  parts += [len(x).to_bytes(8, 'little') + x.tobytes() for x in storages.values()]
+  (tmp_path / 'old.pth').write_bytes(b''.join(parts))
+  read = files.read_state(tmp_path / 'old.pth')
+  np.testing.assert_array_equal(read['x'], storages['a'].reshape(2, 3))
+  np.testing.assert_array_equal(read['y'], storages['b'])
+
+
+def test_a_model_without_query_and_value_biases(tmp_path):
+  """Trained with qkv_bias=False: zeros are what it means."""
+  state = random_state('classifier')
+  zeroed = {k: np.zeros_like(v) if k.endswith(('q_bias', 'v_bias')) else v for k, v in state.items()}
+  save_file({k: v for k, v in state.items() if not k.endswith(('q_bias', 'v_bias'))}, tmp_path / 'without.safetensors')
+  save_file(zeroed, tmp_path / 'zeros.safetensors')
+  for name in ('without', 'zeros'):
+    convert.import_checkpoint('classifier', tmp_path / f'{name}.safetensors', tmp_path / name, grid=(2, 3))
+  a, b = (trees.flatten(stages.load_variables(tmp_path / name)[1]) for name in ('without', 'zeros'))
+  assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_a_directory_in_several_files_or_as_a_bin(tmp_path):
+  state = random_state('classifier')
+  for name in ('shards', 'bin'):
+    (tmp_path / name).mkdir()
+  first = sorted(state)[: len(state) // 2]
+  save_file({k: state[k] for k in first}, tmp_path / 'shards' / 'model-00001-of-00002.safetensors')
+  save_file({k: v for k, v in state.items() if k not in first}, tmp_path / 'shards' / 'model-00002-of-00002.safetensors')
+  index = {k: f'model-0000{1 if k in first else 2}-of-00002.safetensors' for k in state}
+  (tmp_path / 'shards' / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': index}))
+  (tmp_path / 'bin' / 'pytorch_model.bin').write_bytes(weights_attack.as_pth(state))
+  for name in ('shards', 'bin'):
+    read = files.read_state(tmp_path / name)
+    assert read.keys() == state.keys() and all(np.array_equal(read[k], state[k]) for k in state)

@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 FLOORS = [
   ('errors',),
   ('settings',),
-  ('config', 'progress'),
+  ('config', 'progress', 'tensor_files'),
   ('data', 'kernels', 'recipes', 'configs'),
   ('models',),
   ('weights',),

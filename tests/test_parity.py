@@ -10,7 +10,8 @@ from beitv2_jax.models import teacher, upernet
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.mim import MIM
 from beitv2_jax.models.upernet import Segmenter
-from beitv2_jax.weights import convert, files
+from beitv2_jax.tensor_files import files
+from beitv2_jax.weights import convert
 from tests.test_convert import random_state
 
 pytestmark = pytest.mark.parity

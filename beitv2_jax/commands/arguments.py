@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from beitv2_jax.errors import SaveError, UserError
+from beitv2_jax.errors import RunFailed, UserError
 
 MODEL = 'a workdir, or a directory made by `convert import`'
 SOURCE = 'folder:PATH, list:FILE, parquet:PATH, tfds:NAME ...: docs/data.md'
@@ -84,7 +84,7 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
       return 0
     except (UserError, OSError) as e:
       return _failed(e, 2)
-    except (FloatingPointError, SaveError) as e:
+    except (FloatingPointError, RunFailed) as e:
       return _failed(e, 1)
     except KeyboardInterrupt:
       print('stopped.', file=sys.stderr)

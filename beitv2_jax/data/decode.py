@@ -2,6 +2,9 @@
 
 import functools
 import io
+import os
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +14,7 @@ import simplejpeg
 from absl import logging
 from PIL import Image
 
-from beitv2_jax.errors import UserError
+from beitv2_jax.errors import RunFailed, UserError
 
 try:
   import pillow_heif  # ty: ignore
@@ -20,7 +23,14 @@ try:
 except ImportError:  # HEIC is for those who install it
   pass
 
-UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what `image` raises for a broken file
+UNDECODABLE = (
+  OSError,
+  ValueError,
+  SyntaxError,
+  EOFError,
+  MemoryError,
+  Image.DecompressionBombError,
+)  # what `image` raises for a broken file
 # Pillow knows others, some of which run programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000', 'HEIF')
 MAX_PIXELS = 178_956_970  # Pillow's own limit: what claims more is an attack, or has to be cut up first
@@ -51,13 +61,18 @@ def image(data: bytes | np.ndarray, value_range: Sequence[float] = (), channels:
         return simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False)  # these two are Pillow's choices
       except ValueError:
         pass
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # palettes with transparency, broken EXIF
-    opened = Image.open(io.BytesIO(data), formats=_formats())
-    _check_size(*opened.size)
-    if not channels and opened.mode not in ('F', 'I') and not opened.mode.startswith('I;16'):
-      return np.asarray(opened.convert('RGB'))
-    return _bands(np.asarray(opened), value_range, channels)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # palettes with transparency, broken EXIF
+      opened = Image.open(io.BytesIO(data), formats=_formats())
+      _check_size(*opened.size)
+      if not channels and opened.mode not in ('F', 'I') and not opened.mode.startswith('I;16'):
+        return np.asarray(opened.convert('RGB'))
+      return _bands(np.asarray(opened), value_range, channels)
+  except UNDECODABLE:
+    raise
+  except Exception as e:  # Pillow's readers fail in many ways, such as AVIF's with RuntimeError
+    raise ValueError(f'{type(e).__name__}: {e}') from e
 
 
 def mask(data: bytes | np.ndarray) -> np.ndarray:
@@ -113,6 +128,10 @@ class Decoded:
   def __len__(self) -> int:
     return len(self.source)
 
+  def __setstate__(self, state: dict) -> None:
+    self.__dict__.update(state)
+    _end_with_parent()  # pickles are read by decoding processes
+
   def __getitem__(self, i: int) -> dict:
     for bad in range(MAX_NEIGHBOURS):
       j = (i + bad) % len(self.source)
@@ -128,6 +147,19 @@ class Decoded:
     raise UserError(f'{MAX_NEIGHBOURS} images in a row do not decode; the last was {name}. Is the data set intact?')
 
 
+@functools.cache
+def _end_with_parent() -> None:
+  """A decoding process whose training was killed would wait for ever for somebody to take its batches."""
+  parent = os.getppid()
+
+  def watch():
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
 class Counted:
   """Batches without their `bad` counts; too many end the run. `bad` and `seen` are this process's counts so far."""
 
@@ -138,7 +170,15 @@ class Counted:
     return self
 
   def __next__(self) -> dict:
-    batch = dict(next(self.batches))
+    try:
+      batch = dict(next(self.batches))
+    except RuntimeError as e:
+      if 'orker process' not in str(e):
+        raise
+      raise RunFailed(
+        f'a decoding process died ({(str(e).splitlines() or [""])[0][:200]}). Where memory runs out the system ends the largest process: lower '
+        '--config.data.workers. The same command goes on from the last checkpoint.'
+      ) from e
     counts = batch.pop('bad')
     self.bad, self.seen = self.bad + int(counts.sum()), self.seen + len(counts)
     if self.bad > self.max_bad * max(self.seen, 1000):

@@ -83,9 +83,24 @@ def _metadata(file: Path) -> Any:
   from pyarrow import parquet
 
   try:
-    return parquet.read_metadata(file)
+    metadata = parquet.read_metadata(file)
+    metadata.schema.to_arrow_schema()
   except Exception as e:  # pyarrow raises its own types
     raise UserError(f'{file} is not a whole parquet file: {str(e).splitlines()[0]}.') from e
+  rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+  if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows or metadata.num_rows > file.stat().st_size:  # an image has bytes
+    raise UserError(f'{file} is damaged: {file.stat().st_size:,} bytes cannot hold {max(metadata.num_rows, sum(rows)):,} images.')
+  return metadata
+
+
+def _names(file: Path, schema: Any) -> list[str] | None:
+  """The classes' names that Hugging Face keeps in a file."""
+  try:
+    features = json.loads((schema.metadata or {}).get(b'huggingface', b'{}')).get('info', {}).get('features', {})
+    names = features.get('label', {}).get('names')
+  except (ValueError, AttributeError) as e:
+    raise UserError(f'{file} is damaged: its description of the features does not read ({type(e).__name__}).') from e
+  return [str(name) for name in names] if names else None
 
 
 def _labels(own: list[Path], files: list[Path]) -> tuple[bool, list[str] | None]:
@@ -95,17 +110,20 @@ def _labels(own: list[Path], files: list[Path]) -> tuple[bool, list[str] | None]
   names: tuple[list[str], Path] | None = None
   values: dict[Path, np.ndarray] = {}
   for file in files:
-    schema = parquet.read_schema(file)
+    schema = _metadata(file).schema.to_arrow_schema()
     if 'image' not in schema.names:
       raise UserError(f'{file} has the columns {", ".join(schema.names)}; expected one called image.')
     if 'label' not in schema.names:
       continue
-    values[file] = np.asarray(parquet.read_table(file, columns=['label']).column('label').to_pylist(), object)
-    features = json.loads((schema.metadata or {}).get(b'huggingface', b'{}')).get('info', {}).get('features', {})
-    theirs = features.get('label', {}).get('names')
+    try:
+      values[file] = np.asarray(parquet.read_table(file, columns=['label']).column('label').to_pylist(), object)
+    except (OSError, ValueError, MemoryError) as e:  # pyarrow's own types are of these
+      raise UserError(f'{file} is damaged: its labels do not read ({str(e).splitlines()[0][:200]}).') from e
+    theirs = _names(file, schema)
     if theirs and names and theirs != names[0]:
       raise UserError(f'{names[1]} and {file} name their classes differently ({len(names[0])} and {len(theirs)} names).')
-    names = names or (theirs and (theirs, file))
+    if theirs and not names:
+      names = theirs, file
   known = {file: x for file, x in values.items() if any(label != -1 for label in x)}
   for file, x in known.items():
     wrong = next((label for label in x if not isinstance(label, int) or label < 0 or (names and label >= len(names[0]))), None)

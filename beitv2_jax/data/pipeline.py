@@ -43,6 +43,7 @@ def _batches(dataset, steps, seed, batch, process, processes, start, workers, ma
   dataset = dataset.random_map(functools.partial(_apply, steps), seed=seed)
   dataset = _Part(dataset, size, process, processes, start)
   if workers > 0:  # every worker makes whole batches
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore:resource_tracker')  # it would warn of the shared memory that it cleans up
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which tests and notebooks never parse
     one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)

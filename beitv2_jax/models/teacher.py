@@ -8,7 +8,9 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from beitv2_jax.models.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENE
 from beitv2_jax.models.initializers import Draw, drawn_together
 from beitv2_jax.models.layers import patches
 from beitv2_jax.models.vit import resize_pos_embed
+from beitv2_jax.tensor_files import files
 
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it would warn that torch is missing
 os.environ.setdefault('HF_HUB_VERBOSITY', 'error')  # our own error says what a missing network means
@@ -86,8 +89,8 @@ def _open(kind: str, name: str):
     name = str(path)
   extra = {'add_pooling_layer': False} if kind == 'dino' else {}
   try:
-    with _warnings_of_transformers() as warnings:
-      model = cls.from_pretrained(name, **extra)
+    with _warnings_of_transformers() as warnings, _in_one_file(path) as readable:
+      model = cls.from_pretrained(readable or name, **extra)
   except (OSError, ValueError, ImportError) as e:
     raise UserError(
       f'cannot open the teacher {name!r} ({str(e).splitlines()[0][:200]}). On a machine without network, fetch {files} '
@@ -97,6 +100,22 @@ def _open(kind: str, name: str):
   if missing:
     raise UserError(f'the teacher {name!r} lacks weights of a {kind} model: {missing[0][:300]}')
   return model, model.params
+
+
+@contextlib.contextmanager
+def _in_one_file(folder: Path) -> Generator[str | None]:
+  """The folder of a model that Flax's classes cannot read, in several files or as PyTorch's .bin, as one that they can; else None."""
+  flax = any((folder / name).is_file() for name in ('model.safetensors', 'flax_model.msgpack', 'flax_model.msgpack.index.json'))
+  if flax or not (folder / 'config.json').is_file():
+    yield None
+    return
+  from safetensors.numpy import save_file
+
+  with tempfile.TemporaryDirectory() as temporary:
+    arrays = {name: np.array(value, order='C') for name, value in files.read_state(folder).items()}
+    save_file(arrays, Path(temporary) / 'model.safetensors', metadata={'format': 'pt'})
+    shutil.copy(folder / 'config.json', temporary)
+    yield temporary
 
 
 @contextlib.contextmanager

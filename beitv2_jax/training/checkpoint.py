@@ -71,7 +71,7 @@ class Checkpoints:
       self.manager.wait_until_finished()  # an earlier save may still be on its way
     except Exception:  # this save is the one to report
       pass
-    reason = (str(e).splitlines() or [type(e).__name__])[0][:300]
+    reason = 'No space left on device' if 'No space left' in str(e) else (str(e).splitlines() or [type(e).__name__])[0][:300]
     return SaveError(f'could not save checkpoint {step} in {self.folder}: {reason}. {self.last_good(but=step)}')
 
   def last_good(self, but: int | str | None = None) -> str:

@@ -1,11 +1,27 @@
 """What a process does before its first computation: keep compiled programs, find the other processes of its run."""
 
 import os
+import sys
+import threading
+import traceback
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from beitv2_jax.errors import UserError
+
+
+def quiet_threads() -> None:
+  """Leaves out the tracebacks of threads that write checkpoints: what fails there is raised, and said, in the main thread as well."""
+  thread_hook, unraisable_hook = threading.excepthook, sys.unraisablehook
+
+  def is_theirs(trace: Any) -> bool:
+    files = [frame.filename for frame in traceback.extract_tb(trace)]
+    return not files or any(name in file for file in files for name in ('orbax', 'asyncio', 'tensorstore'))
+
+  threading.excepthook = lambda args: None if is_theirs(args.exc_traceback) else thread_hook(args)
+  sys.unraisablehook = lambda args: None if is_theirs(args.exc_traceback) else unraisable_hook(args)
 
 
 def use_compilation_cache() -> None:

@@ -6,6 +6,7 @@ so a third item, `checksums`, keeps shape, type and checksum of every array. Wha
 
 import itertools
 import json
+import logging as std_logging
 import shutil
 import zlib
 from pathlib import Path
@@ -20,6 +21,18 @@ from jax.experimental import multihost_utils
 from beitv2_jax.weights import checksums, trees
 
 logging.set_verbosity(logging.WARNING)  # Orbax reports every phase of a save
+
+
+def _without_tracebacks(record: Any) -> bool:
+  """Orbax logs whatever fails in its threads with a traceback, and raises it as well; we say it once, in a line."""
+  ours = not any(package in record.pathname for package in ('orbax', 'asyncio', 'etils', 'tensorstore'))
+  return ours or not (record.exc_info or record.levelno >= std_logging.ERROR)
+
+
+for _logger in (logging.get_absl_logger(), std_logging.getLogger('asyncio'), std_logging.getLogger()):
+  _logger.addFilter(_without_tracebacks)
+for _handler in (logging.get_absl_handler(), *std_logging.getLogger().handlers):
+  _handler.addFilter(_without_tracebacks)
 NAME = 'checksums'
 
 

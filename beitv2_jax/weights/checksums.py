@@ -23,7 +23,7 @@ def of_tree(tree: Any) -> dict[str, int]:
   sums = {}
   for name, x in trees.flatten(tree).items():
     sums[name] = _of_array(x)
-    if jax.process_count() > 1:  # programs that run at the same time on several processes can wait for each other for ever
+    if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:  # sums over devices that run at once can wait for each other for ever
       jax.block_until_ready(sums[name])
   return {name: int(x) for name, x in jax.device_get(sums).items()}
 

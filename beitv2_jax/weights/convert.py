@@ -16,7 +16,8 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config
 from beitv2_jax.models.layers import relative_position_index
-from beitv2_jax.weights import files, huggingface, official, sizes, stages, trees
+from beitv2_jax.tensor_files import files
+from beitv2_jax.weights import huggingface, official, sizes, stages, trees
 
 KINDS = tuple(official.TABLES)
 
@@ -24,7 +25,7 @@ KINDS = tuple(official.TABLES)
 def _read(kind: str, source: str | Path) -> dict[str, np.ndarray]:
   """The arrays of a file under official names, whether it has those or Hugging Face's."""
   state = files.read_state(source)
-  return huggingface.to_official(kind, state) if huggingface.is_theirs(state) else state
+  return official.with_zero_biases(huggingface.to_official(kind, state) if huggingface.is_theirs(state) else state)
 
 
 def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes_given: Any) -> str:
@@ -34,9 +35,6 @@ def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes
   then nothing is written.
   """
   state = _read(kind, source)
-  broken = [k for k, v in state.items() if np.issubdtype(v.dtype, np.floating) and not np.isfinite(v).all()]
-  if broken:
-    raise UserError(f'{source} has values that are not finite in {", ".join(broken[:3])}: its training had diverged, or it is damaged.')
   c = sizes.config_of(kind, state, **sizes_given)
   heads = dict(encoder=c.model.encoder.heads, decoder=c.model.decoder.heads) if kind == 'tokenizer' else dict(encoder=c.model.heads)
   variables = official.to_ours(kind, state, heads)

@@ -188,7 +188,13 @@ def to_ours(kind: str, state: dict[str, Array], heads: dict[str, int]) -> dict[s
       continue
     if found := _find(rules, key):
       path, layout = found
-      flat[path] = np.ascontiguousarray(layout(_head_count(key, heads))[0](np.asarray(value, np.float32)))
+      try:
+        with np.errstate(over='ignore'):  # what is too large for float32 is found below
+          flat[path] = np.ascontiguousarray(layout(_head_count(key, heads))[0](np.asarray(value, np.float32)))
+      except (ValueError, IndexError, TypeError) as e:
+        raise UserError(f'{key} has the shape {value.shape}, which it has in no {kind} of these sizes.') from e
+      if not np.isfinite(flat[path]).all():
+        raise UserError(f'{key} has values that are not finite in float32: its training had diverged, or the file is damaged.')
     else:
       homeless.append(key)
   if homeless:
@@ -196,6 +202,16 @@ def to_ours(kind: str, state: dict[str, Array], heads: dict[str, int]) -> dict[s
       f'{len(homeless)} keys have no place in a {kind} model: {", ".join(sorted(homeless)[:6])}. Is it another kind, or another model?'
     )
   return trees.unflatten(flat)
+
+
+def with_zero_biases(state: dict[str, Array]) -> dict[str, Array]:
+  """`state` with zeros for q_bias and v_bias where it has neither: trained with qkv_bias=False, which computes the same."""
+  added = {}
+  for key, value in state.items():
+    stem = key.removesuffix('qkv.weight')
+    if stem != key and value.ndim == 2 and not any(f'{stem}{bias}' in state for bias in ('q_bias', 'v_bias', 'qkv.bias')):
+      added |= {f'{stem}{bias}': np.zeros(len(value) // 3, np.float32) for bias in ('q_bias', 'v_bias')}
+  return state | added
 
 
 def from_ours(kind: str, variables: dict[str, Any]) -> dict[str, Array]:
