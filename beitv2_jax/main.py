@@ -32,12 +32,18 @@ def train(argv: list[str]) -> None:
     raise UserError('give --workdir=DIR: where checkpoints and metrics go, and what a stopped run goes on from.')
   if '://' in _WORKDIR.value:
     raise UserError(f'--workdir={_WORKDIR.value}: give a directory; mount a bucket (gcsfuse) where you want to write to one.')
-  from beitv2_jax.training import loop, process
+  from beitv2_jax.training import loop, peers, process
 
   process.quiet_threads()
   process.use_compilation_cache()
   process.start_distributed(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
-  loop.run(config, _WORKDIR.value)
+  try:
+    loop.run(config, _WORKDIR.value)
+  except Exception as e:
+    peers.wait_for_verdict(e)
+    raise
+  finally:
+    peers.finished()
 
 
 def main(argv: list[str] | None = None) -> None:

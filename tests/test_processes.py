@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from beitv2_jax.configs import finetune_b16
 
-from beitv2_jax.training import loop, metrics
+from beitv2_jax.training import loop, metrics, peers
 from beitv2_jax.weights import stages
 from tests.conftest import main_command, main_env, run_main, smoke
 
@@ -28,8 +29,6 @@ FLAG = f'--config.mesh.rules={FSDP}'
 
 def two_processes(*args):
   """Two processes of two devices each, through the same entry point."""
-  import socket
-
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
@@ -110,3 +109,49 @@ def test_a_profile_of_some_steps(tmp_path):
   text = subprocess.run(read, capture_output=True, text=True, env=main_env(), check=True).stdout
   busy, whole = (float(x) for x in re.search(r'busy ([\d.]+) of ([\d.]+) ms', text).groups())
   assert 0 < busy <= whole
+
+
+def test_a_silent_process_is_lost_and_one_that_finished_is_not():
+  watch = peers.Watch(client=None, process=0, silence=20.0)
+  values = [('alive/0', '5 here'), ('alive/1', '5 there'), ('alive/2', 'finished elsewhere')]
+  assert not watch.lost(values, 0.0) and not watch.lost(values, 19.0)
+  assert watch.lost(values, 21.0) == 'process 1 on there is lost: nothing was heard of it for 21 s'
+  values[1] = ('alive/1', '6 there')
+  assert not watch.lost(values, 22.0)
+
+
+def start_two(*args):
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  command = main_command('--config=configs/beitv2_b16.py:smoke', *args, f'--coordinator=localhost:{port}', '--processes=2')
+  return [
+    subprocess.Popen([*command, f'--process={i}'], env=main_env(1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for i in (0, 1)
+  ]
+
+
+def wait_for_lines(path, count, processes):
+  deadline = time.time() + 240
+  while time.time() < deadline and not (path.exists() and path.read_text().count('\n') > count):
+    assert all(p.poll() is None for p in processes), processes[0].communicate()[0][-2000:]
+    time.sleep(0.2)
+
+
+def test_a_signal_to_one_of_two_processes_saves_both(tmp_path):
+  both = start_two(f'--workdir={tmp_path}', '--config.steps=100000', '--config.checkpoint.every=100000')
+  wait_for_lines(tmp_path / 'metrics.jsonl', 3, both)
+  both[1].send_signal(signal.SIGTERM)
+  texts = [p.communicate(timeout=120)[0] for p in both]
+  assert [p.returncode for p in both] == [143, 143], texts
+  assert stages.load_variables(tmp_path)[2] == losses(tmp_path)[-1][0] >= 3
+
+
+@pytest.mark.slow
+def test_the_end_of_one_process_is_said_by_the_other(tmp_path):
+  both = start_two(f'--workdir={tmp_path}', '--config.steps=100000', '--config.checkpoint.every=10')
+  wait_for_lines(tmp_path / 'metrics.jsonl', 12, both)
+  both[1].kill()
+  text, _ = both[0].communicate(timeout=60)
+  assert both[0].returncode == peers.LOST
+  assert 'process 1 on' in text and 'run the same command on all hosts' in text and 'Traceback' not in text

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from beitv2_jax.errors import UserError
+from beitv2_jax.training import peers
 
 
 def quiet_threads() -> None:
@@ -40,7 +41,7 @@ def start_distributed(coordinator: str | None, processes: int | None, process: i
     return
   through = f'--coordinator={coordinator}' if coordinator else 'SLURM' if slurm else 'the TPU slice'
   try:
-    jax.distributed.initialize(coordinator, processes, process)
+    peers.initialize(coordinator, processes, process)
   except Exception as e:  # timeouts, missing variables, refused connections: jax and grpc raise many types
     reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
     raise UserError(

@@ -1,0 +1,99 @@
+"""The other processes of a run: found at the start, watched until the end.
+
+A process that dies leaves the others waiting for it in a sum over all devices. JAX ends them after a minute or two, with SIGABRT and pages
+of C++. Here each process counts on in JAX's key-value store, which process 0 holds, and looks whether the others do: one that is silent
+for SILENCE seconds is lost. Then a line says which, and the process ends with the code LOST, on which a launcher can start all of
+them again. When process 0 itself dies JAX is faster: it ends the others at once with SIGABRT (code 134).
+"""
+
+import faulthandler
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import jax
+from jax._src import distributed  # its client has no public name
+
+BEAT = 2.0  # seconds from one count to the next
+SILENCE = 20.0
+LOST = 75  # EX_TEMPFAIL: try again
+FOLDER = 'beitv2_jax/alive'
+
+_watch: 'Watch | None' = None
+
+
+def initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
+  """jax.distributed.initialize, with a watch over the processes."""
+  global _watch
+  jax.config.update('jax_enable_preemption_service', True)  # without it a SIGTERM to one process stops nothing
+  jax.distributed.initialize(coordinator, processes, process)
+  faulthandler.disable()  # where JAX ends a process because process 0 is gone, its Python frames tell nothing
+  _watch = Watch(distributed.global_state.client, jax.process_index())
+  _watch.thread.start()
+
+
+def finished() -> None:
+  """This process has no more to do with the others."""
+  if _watch is not None:
+    _watch.finished()
+
+
+def wait_for_verdict(error: Exception) -> None:
+  """What failed may have failed because another process is gone: the watch will say so, and end this process."""
+  if _watch is not None and not isinstance(error, SystemExit):
+    time.sleep(SILENCE + 3 * BEAT)
+
+
+def end(what: str) -> None:
+  """Says what was lost, and ends the process at once: its other threads wait for what will not come."""
+  text = f'error: {what}. Nothing is lost but the steps since the last checkpoint; run the same command on all hosts to go on.\n'
+  os.write(2, text.encode())
+  os._exit(LOST)
+
+
+class Watch:
+  """Counts for this process, and watches the others count. `client` is that of JAX's distributed runtime."""
+
+  def __init__(self, client: Any, process: int, beat: float = BEAT, silence: float = SILENCE):
+    self.client, self.process, self.beat, self.silence = client, process, beat, silence
+    self.seen: dict[str, tuple[str, float]] = {}  # key → (its value, since when)
+    self.stop = threading.Event()
+    self.thread = threading.Thread(target=self._run, daemon=True)
+
+  def _run(self) -> None:
+    count = 0
+    while not self.stop.wait(self.beat):
+      count += 1
+      try:
+        self._say(f'{count} {socket.gethostname()}')
+        values = self.client.key_value_dir_get(FOLDER)
+      except Exception as e:  # the store went with process 0, whose end JAX also notices
+        if not self.stop.is_set() and self.process != 0:
+          end(f'process 0, which holds the run together, does not answer ({str(e).splitlines()[0][:100]})')
+        return
+      if lost := self.lost(values, time.monotonic()):
+        end(lost)
+
+  def _say(self, value: str) -> None:
+    self.client.key_value_set(f'{FOLDER}/{self.process}', value, allow_overwrite=True)
+
+  def lost(self, values: list[tuple[str, str]], now: float) -> str:
+    """Which process has been silent for too long, in words; '' if none has."""
+    for key, value in values:
+      if key not in self.seen or self.seen[key][0] != value:
+        self.seen[key] = value, now
+      silent = now - self.seen[key][1]
+      number, host = key.rpartition('/')[2], value.partition(' ')[2]
+      if silent > self.silence and not value.startswith('finished') and number != str(self.process):
+        return f'process {number} on {host} is lost: nothing was heard of it for {silent:.0f} s'
+    return ''
+
+  def finished(self) -> None:
+    if not self.stop.is_set():
+      self.stop.set()
+      try:
+        self._say(f'finished {socket.gethostname()}')
+      except Exception:  # others may be gone already
+        pass
