@@ -160,6 +160,8 @@ SETTINGS: dict[str, Any] = {
   'data.flip': Flag(),
   'data.resize': Choice(('fast', 'pillow')),
   'data.resize_ratio': Several(Number(0, 100, above=True), 2, rising=True),
+  'data.mean': Several(Number(), 3),
+  'data.std': Several(POSITIVE, 3),
   'data.value_range': Several(Number()),
   'data.channels': Several(count(0, 1000)),
   'data.max_bad': SHARE,

@@ -3,8 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import beitv2_jax
+from beitv2_jax import config as config_lib
+from beitv2_jax.downstream import predictions
 from beitv2_jax.models import images as images_lib
 from beitv2_jax.models import teacher, upernet
 from beitv2_jax.models.classifier import Classifier
@@ -175,3 +178,128 @@ def test_dino_teacher(tmp_path):
       theirs(nchw(np.asarray(images_lib.normalize(x, images_lib.IMAGENET_MEAN, images_lib.IMAGENET_STD)))).last_hidden_state[:, 1:].numpy()
     )
   np.testing.assert_allclose(ours.apply(params, x), expected, atol=1e-4, rtol=1e-4)
+
+
+def photographs():
+  """Smooth pictures, as Pillow images: wide, tall, grey, CMYK, with transparency, square."""
+  rng, out = np.random.default_rng(0), []
+  for size, mode in (((90, 60), 'RGB'), ((48, 71), 'RGB'), ((120, 33), 'L'), ((64, 52), 'CMYK'), ((40, 40), 'RGBA'), ((77, 58), 'RGB')):
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    out.append(coarse.convert(mode))
+  return out
+
+
+def cropped_alike(image, size=32, crop_pct=0.875):
+  """Whether theirs, which rounds half a pixel down, crops where we and torchvision do, who round it to even."""
+  short = int(size / crop_pct)
+  long = int(short * max(image.size) / min(image.size))
+  return (long - size) // 2 == round((long - size) / 2)
+
+
+@pytest.fixture
+def classifier(tmp_path):
+  """A directory of ours with classes of its own, other statistics, and the same as Hugging Face's and timm's."""
+  model = imported(tmp_path, 'classifier', Classifier(32, 3, 2, 8, (4, 4), 7))
+  config = config_lib.load(tmp_path / 'dir').unlock()
+  with config.data.ignore_type():
+    config.data.mean, config.data.std = (0.5, 0.4, 0.5), (0.5, 0.5, 0.6)
+  config.class_names = tuple(f'kind {i}' for i in range(7))
+  config_lib.save(config, tmp_path / 'dir')
+  model = beitv2_jax.load(tmp_path / 'dir')
+  for form in ('hf', 'timm'):
+    convert.export_checkpoint(tmp_path / 'dir', tmp_path / form, form)
+  files = []
+  for i, image in enumerate(photographs()):
+    files.append(tmp_path / f'{i}.{"jpg" if image.mode == "CMYK" else "png"}')
+    image.save(files[-1])
+  ours = [{c['name']: c['probability'] for c in row['classes']} for row in predictions.classes(model, files, top=7)]
+  return tmp_path, files, ours
+
+
+def test_hugging_faces_pipeline_gives_our_probabilities(classifier):
+  from transformers import pipeline
+
+  folder, files, ours = classifier
+  theirs = pipeline('image-classification', str(folder / 'hf'), top_k=7, use_fast=False)
+  alike = [cropped_alike(Image.open(file)) for file in files]
+  assert 4 <= sum(alike) < len(files)  # of the others the crop is one pixel aside
+  for file, expected, same in zip(files, ours, alike):
+    found = {row['label']: row['score'] for row in theirs(Image.open(file).convert('RGB') if file.suffix == '.jpg' else str(file))}
+    assert found.keys() == expected.keys()
+    if same:
+      assert max(abs(found[k] - expected[k]) for k in found) < 1e-3, file
+
+
+def test_timms_local_dir_gives_our_probabilities(classifier):
+  timm = import_timm()
+  folder, files, ours = classifier
+  theirs = timm.create_model(f'local-dir:{folder}/timm', pretrained=True).eval()
+  data = timm.data.resolve_model_data_config(theirs)
+  assert (
+    data['crop_pct'] == 0.875
+    and data['crop_mode'] == 'center'
+    and tuple(data['mean']) == (0.5, 0.4, 0.5)
+    and tuple(data['std']) == (0.5, 0.5, 0.6)
+  )
+  transform = timm.data.create_transform(**data, is_training=False)
+  assert theirs.pretrained_cfg['label_names'] == [f'kind {i}' for i in range(7)]
+  for file, expected in zip(files, ours):
+    with torch.no_grad():
+      found = theirs(transform(Image.open(file).convert('RGB'))[None]).softmax(-1)[0].numpy()
+    assert max(abs(found[i] - expected[f'kind {i}']) for i in range(7)) < 1e-3, file
+
+
+@pytest.mark.parametrize('form', ['hf', 'timm'])
+def test_what_leaves_comes_back_with_its_preparation_and_names(classifier, form):
+  folder, files, ours = classifier
+  convert.import_checkpoint('classifier', folder / form, folder / 'back')
+  config = config_lib.load(folder / 'back')
+  assert tuple(config.data.mean) == (0.5, 0.4, 0.5) and tuple(config.class_names) == tuple(f'kind {i}' for i in range(7))
+  assert config.data.crop_pct == pytest.approx(0.875, abs=0.02)  # of whole pixels
+  rows = list(predictions.classes(beitv2_jax.load(folder / 'back'), files, top=7))
+  for row, expected in zip(rows, ours):
+    assert {c['name']: c['probability'] for c in row['classes']} == pytest.approx(expected, abs=1e-4)
+
+
+def test_microsofts_first_beit(tmp_path):
+  """Mean and standard deviation 0.5, and names, in its own files: equal to 1e-4."""
+  from transformers import BeitConfig, BeitForImageClassification, BeitImageProcessor
+
+  config = BeitConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=8, use_relative_position_bias=True,
+    use_mean_pooling=True, num_labels=3, id2label={0: 'cat', 1: 'dog', 2: 'eel'}, layer_norm_eps=1e-6,
+  )  # fmt: skip
+  theirs = BeitForImageClassification(config).eval()
+  for p in theirs.parameters():
+    torch.nn.init.normal_(p, std=0.2)
+  processor = BeitImageProcessor(size=dict(height=32, width=32), do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+  theirs.save_pretrained(tmp_path / 'hf', max_shard_size='20KB')
+  processor.save_pretrained(tmp_path / 'hf')
+  assert len(list((tmp_path / 'hf').glob('*.safetensors'))) > 1
+  convert.import_checkpoint('classifier', tmp_path / 'hf', tmp_path / 'dir')
+  image = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+  with torch.no_grad():
+    expected = theirs(**processor(Image.fromarray(image[0]), return_tensors='pt')).logits.numpy()
+  model = beitv2_jax.load(tmp_path / 'dir')
+  np.testing.assert_allclose(model.logits(image), expected, atol=1e-4)
+  assert tuple(model.config.class_names) == ('cat', 'dog', 'eel')
+
+
+@pytest.mark.parametrize('form', ['shards', 'bin'])
+def test_a_teacher_in_several_files_or_as_a_bin(tmp_path, form):
+  from transformers import CLIPConfig, CLIPModel
+
+  tower = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2)
+  config = CLIPConfig(text_config=dict(**tower, vocab_size=9), vision_config=dict(**tower, patch_size=8, image_size=32), projection_dim=24)
+  theirs = CLIPModel(config).eval()
+  theirs.save_pretrained(tmp_path / 'whole')
+  theirs.save_pretrained(tmp_path / form, max_shard_size='50KB')
+  if form == 'bin':
+    for file in (tmp_path / form).glob('*.safetensors*'):
+      file.unlink()
+    torch.save(theirs.state_dict(), tmp_path / form / 'pytorch_model.bin')
+  x = np.random.default_rng(0).uniform(size=(2, 32, 32, 3)).astype(np.float32)
+  whole, parts = (
+    ours.apply(params, x) for ours, params in (teacher.load('clip', str(tmp_path / name), (4, 4)) for name in ('whole', form))
+  )
+  np.testing.assert_array_equal(whole, parts)

@@ -23,11 +23,13 @@ def main(argv: list[str] | None = None) -> None:
   arguments.add_json(parser)
   arguments.add_batch(parser, 32)
   parser.add_argument('--top', type=arguments.at_least(1), default=5, help='classes an image (5)')
-  parser.add_argument('--crop-pct', type=float, default=0.875, help='share of the shorter side that a classifier looks at (0.875)')
+  parser.add_argument(
+    '--crop-pct', type=float, help='share of the shorter side that a classifier looks at (as it was evaluated in training)'
+  )
   parser.add_argument('--mode', choices=('slide', 'whole'), default='slide', help='how a segmenter looks at a large image (slide)')
   parser.add_argument('--flip', action='store_true', help='average a mask with that of the mirrored image')
   args = parser.parse_args(argv)
-  if not 0 < args.crop_pct <= 1:
+  if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
     raise UserError(f'--crop-pct {args.crop_pct}: above 0 and at most 1.')
   from beitv2_jax.downstream import image_files, predictions, trained
   from beitv2_jax.training import process

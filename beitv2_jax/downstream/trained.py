@@ -11,7 +11,7 @@ import numpy as np
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config
-from beitv2_jax.models.images import IMAGENET_MEAN, IMAGENET_STD, normalize, unit_images
+from beitv2_jax.models.images import normalize, statistics, unit_images
 from beitv2_jax.training import sharding
 from beitv2_jax.weights import stages
 
@@ -26,7 +26,7 @@ def _array(x: Any, name: str) -> jax.Array:
 class Model:
   """A trained model and its weights. Images are uint8 or float [B, h, w, 3], RGB; floats are in [0, 1].
 
-  `normalize=False` takes floats that are what the network sees: [-1, 1] for a tokenizer, ImageNet statistics otherwise.
+  `normalize=False` takes floats that are what the network sees: [-1, 1] for a tokenizer, ImageNet's statistics (or its config's) otherwise.
   Every method raises UserError for images of another layout, range or size.
   """
 
@@ -97,7 +97,7 @@ class Model:
       raise UserError(
         f'float images must lie in [0, 1]; these span [{float(images.min()):.3g}, {float(images.max()):.3g}]. normalize=False takes any range.'
       )
-    return (images * 255) / 127.5 - 1 if self.kind == 'tokenizer' else normalize(images, IMAGENET_MEAN, IMAGENET_STD)
+    return (images * 255) / 127.5 - 1 if self.kind == 'tokenizer' else normalize(images, *statistics(self.config))
 
   def _call(self, name: str, *arrays: jax.Array) -> Any:
     """One of `_compiled`'s functions over images [B, ...] that are split over all devices, B filled up where it does not divide."""

@@ -1,5 +1,7 @@
 """What a network sees of an image: uint8 pixels become floats, on the device, in the way each model was made for."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -22,6 +24,11 @@ def normalize(images: jax.Array, mean, std) -> jax.Array:
   return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
 
 
-def imagenet_images(images: jax.Array) -> jax.Array:
-  """uint8 [B, h, w, 3] → normalised by ImageNet's statistics: what every model but the tokenizer takes."""
-  return normalize(unit_images(images), IMAGENET_MEAN, IMAGENET_STD)
+def statistics(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Mean and standard deviation that every model but the tokenizer normalises by: ImageNet's, unless its config says others."""
+  return tuple(config.data.get('mean', IMAGENET_MEAN)), tuple(config.data.get('std', IMAGENET_STD))
+
+
+def network_images(images: jax.Array, config: Any) -> jax.Array:
+  """uint8 [B, h, w, 3] → normalised: what every model but the tokenizer takes."""
+  return normalize(unit_images(images), *statistics(config))

@@ -16,7 +16,7 @@ from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config
 from beitv2_jax.models.classifier import Classifier
-from beitv2_jax.models.images import imagenet_images
+from beitv2_jax.models.images import network_images
 from beitv2_jax.tasks.base import Task
 from beitv2_jax.weights import adapt, trees
 
@@ -147,7 +147,7 @@ class ClassifyTask(Task):
   def loss(self, params, model_state, frozen, batch, key):
     config = self.config
     erase, mix, drop = jax.random.split(key, 3)
-    images = imagenet_images(batch['image'])
+    images = network_images(batch['image'], self.config)
     images = augment.random_erasing(erase, images, config.random_erasing)
     targets = augment.smooth_targets(batch['label'], config.model.classes, config.label_smoothing)
     images, targets = augment.mix(mix, images, targets, config.mixup, config.cutmix)
@@ -162,7 +162,7 @@ class ClassifyTask(Task):
     return {'ema': jax.tree.map(lambda e, p: d * e + (1 - d) * p, model_state['ema'], params)}, {}
 
   def evaluate(self, params, model_state, frozen, batch):
-    images = imagenet_images(batch['image'])
+    images = network_images(batch['image'], self.config)
     out = self._scores(params, images, batch['label'])
     if self.config.ema_decay:
       out |= {f'ema_{k}': v for k, v in self._scores(model_state['ema'], images, batch['label']).items()}

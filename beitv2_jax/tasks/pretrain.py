@@ -12,7 +12,7 @@ from beitv2_jax.data.masking import BlockMask
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config
-from beitv2_jax.models.images import imagenet_images, vqkd_images
+from beitv2_jax.models.images import network_images, vqkd_images
 from beitv2_jax.models.mim import MIM
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import tokenizer
@@ -61,7 +61,7 @@ class PretrainTask(Task):
     # Codes may come with the batch, made beforehand or, in costs/estimate.py, to look at the student alone.
     codes = batch['codes'] if 'codes' in batch else self.tokenizer.apply(frozen, vqkd_images(images), method='tokens')
     labels = jnp.take_along_axis(codes, batch['mask_index'], 1)
-    images = imagenet_images(images)
+    images = network_images(images, self.config)
     losses, hits = self.model.apply({'params': params}, images, index=batch['mask_index'], labels=labels, **kwargs)
     names = [str(i + 1) for i in range(len(losses))]
     return {f'loss_{n}': x for n, x in zip(names, losses)}, {f'mim_acc_{n}': 100 * x for n, x in zip(names, hits)}

@@ -12,7 +12,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data import scenes
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config
-from beitv2_jax.models.images import imagenet_images
+from beitv2_jax.models.images import network_images
 from beitv2_jax.models.upernet import Segmenter, resample
 from beitv2_jax.tasks import classify
 from beitv2_jax.tasks.base import Task
@@ -76,7 +76,7 @@ class SegmentTask(Task):
     return lines
 
   def _apply(self, variables, images, **kwargs):
-    return self.model.apply(variables, imagenet_images(images), **kwargs)
+    return self.model.apply(variables, network_images(images, self.config), **kwargs)
 
   def loss(self, params, model_state, frozen, batch, key):
     drop_path, dropout = jax.random.split(key)

@@ -17,7 +17,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config
 from beitv2_jax.models.layers import relative_position_index
 from beitv2_jax.tensor_files import files
-from beitv2_jax.weights import huggingface, official, sizes, stages, trees
+from beitv2_jax.weights import descriptions, huggingface, official, sizes, stages, trees
 
 KINDS = tuple(official.TABLES)
 
@@ -36,6 +36,7 @@ def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes
   """
   state = _read(kind, source)
   c = sizes.config_of(kind, state, **sizes_given)
+  descriptions.apply(c, Path(source).expanduser())
   heads = dict(encoder=c.model.encoder.heads, decoder=c.model.decoder.heads) if kind == 'tokenizer' else dict(encoder=c.model.heads)
   variables = official.to_ours(kind, state, heads)
   if kind == 'tokenizer':  # files that only carry weights
@@ -66,7 +67,8 @@ def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes
 def export_checkpoint(source: str | Path, target: str | Path, form: str) -> None:
   """Writes what `source` (a workdir or an imported directory) holds as `form`: 'official', 'timm' or 'hf'.
 
-  official and timm are one .safetensors file, or .pth where torch is installed; hf is a directory for from_pretrained.
+  official and timm are one .safetensors file, or .pth where torch is installed; hf is a directory for from_pretrained, and timm may be
+  one for timm.create_model('local-dir:DIR', pretrained=True). Directories say how images are prepared, and what the classes are called.
   """
   c, variables, _ = stages.load_variables(source, 'a workdir or an imported directory')
   kind, target = c.task, Path(target)
@@ -86,6 +88,13 @@ def export_checkpoint(source: str | Path, target: str | Path, form: str) -> None
     return _write_beside(target, write)
   if form == 'timm' and kind != 'classifier':
     raise UserError(f'timm has classifiers of this family; this is a {kind}.')
+  if form == 'timm' and not target.suffix:
+
+    def write_timm(folder: Path) -> None:
+      _write_tensors(folder / 'model.safetensors', state)
+      (folder / 'config.json').write_text(json.dumps(descriptions.for_timm(c, grid), indent=2))
+
+    return _write_beside(target, write_timm)
   if form == 'official':
     index = relative_position_index(grid).astype(np.int64)
     tables = [k for k in state if k.endswith('relative_position_bias_table')]
@@ -93,7 +102,9 @@ def export_checkpoint(source: str | Path, target: str | Path, form: str) -> None
     if kind == 'tokenizer':  # fields that the official loader insists on
       state |= {'quantize.embedding.embed_avg': state['quantize.embedding.weight'], 'quantize.embedding.initted': np.ones(1, np.float32)}
   if target.suffix not in ('.pth', '.safetensors'):
-    raise UserError(f'{target}: give a name that ends in .safetensors (or .pth, where torch is installed).')
+    raise UserError(
+      f'{target}: give a name that ends in .safetensors (or .pth, where torch is installed){", or a directory" * (form == "timm")}.'
+    )
   _write_beside(target, lambda path: _write_tensors(path, state), folder=False)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from beitv2_jax.errors import UserError
-from beitv2_jax.models.teacher import IMAGENET_MEAN, IMAGENET_STD
+from beitv2_jax.models.images import statistics
 from beitv2_jax.weights.official import rule
 
 State = dict[str, np.ndarray]
@@ -138,11 +138,18 @@ def convert(kind: str, config: Any, state: State, grid: tuple[int, int]) -> tupl
     id2label={str(i): name for i, name in enumerate(names)},
     label2id={name: i for i, name in enumerate(names)},
   )
+  mean, std = statistics(config)
   size = dict(height=beit_config['image_size'], width=beit_config['image_size'])
-  preprocessor = dict(
+  preprocessor: dict[str, Any] = dict(
     image_processor_type='BeitImageProcessor', do_resize=True, size=size, resample=3, do_center_crop=False, do_rescale=True,
-    rescale_factor=1 / 255, do_normalize=True, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), do_reduce_labels=False,
+    rescale_factor=1 / 255, do_normalize=True, image_mean=list(mean), image_std=list(std), do_reduce_labels=False,
   )  # fmt: skip
+  if kind != 'segmenter':  # as we evaluate: the shorter side resized, then the centre; their Beit processor would squash to a square
+    del preprocessor['do_reduce_labels']
+    preprocessor |= dict(
+      image_processor_type='CLIPImageProcessor', size=dict(shortest_edge=int(size['height'] / config.data.get('crop_pct', 0.875))), do_center_crop=True,
+      crop_size=size, do_convert_rgb=True,
+    )  # fmt: skip
   if kind == 'segmenter':
     if model.channels != model.width:
       raise UserError(f"transformers' heads are as wide as the backbone; here they have {model.channels} channels of {model.width}.")
