@@ -218,6 +218,8 @@ def _check_model(config: ConfigDict) -> None:
   for path, sizes in _sections(config.get('model', ConfigDict()), 'model'):
     if 'width' in sizes and 'heads' in sizes and sizes.width % sizes.heads:
       raise UserError(f'{path}.width={sizes.width} does not divide into {path}.heads={sizes.heads}.')
+    if 'width' in sizes and int(sizes.width * (sizes.get('mlp_ratio') or config.model.get('mlp_ratio', 4))) < 1:
+      raise UserError(f'model.mlp_ratio={config.model.mlp_ratio} leaves no hidden unit at {path}.width={sizes.width}.')
     if 'early_layer' in sizes and sizes.get('head_layers', 1) and not sizes.early_layer < sizes.depth:
       raise UserError(f'{path}.early_layer={sizes.early_layer}: a block before the last of model.depth={sizes.depth}.')
     if max(sizes.get('out_indices', (0,))) >= sizes.get('depth', 1):

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from beitv2_jax import commands
-from beitv2_jax.data import decode, pipeline, prepare, sources, transforms
+from beitv2_jax.data import decode, pipeline, sources, transforms
+from beitv2_jax.data import shards as shard_files
 from beitv2_jax.errors import UserError
 
 WNIDS = ('n01440764', 'n01443537', 'n15075141')  # labels 0, 1 and 999
@@ -49,10 +50,10 @@ def run(tars, out, *extra):
 
 
 def test_what_is_prepared_reads_back(tars, tmp_path, monkeypatch):
-  monkeypatch.setattr(prepare, 'SHARD_BYTES', 15_000)
+  monkeypatch.setattr(shard_files, 'SHARD_BYTES', 15_000)
   assert run(tars, tmp_path, '--partial') == 0
   folder = tmp_path / 'imagenet2012' / '5.1.0'
-  shards = sorted(folder.glob('*train.array_record*'))
+  shards = sorted(folder.glob('*train.array_record-*-of-?????'))
   assert len(shards) > 1
   train, held = (sources.make('tfds:imagenet2012', s, data_dir=str(tmp_path)) for s in ('train', 'eval'))
   assert (len(train), len(held), len(train.classes)) == (12, 3, 1000)
@@ -118,7 +119,7 @@ def test_shards_of_other_tars_and_tars_that_stop_early(tars, tmp_path, capsys):
     (other / tar.name).write_bytes(tar.read_bytes())
   with tarfile.open(other / 'ILSVRC2012_img_val.tar', 'a') as tar:
     add(tar, 'ILSVRC2012_val_00000004.JPEG', jpeg(9))
-  assert run(other, tmp_path / 'out', '--partial') == 2 and 'shards of other tars' in capsys.readouterr().err
+  assert run(other, tmp_path / 'out', '--partial') == 2 and 'shards of other images' in capsys.readouterr().err
   with tarfile.open(other / 'ILSVRC2012_img_val.tar') as tar:
     end = tar.getmembers()[1].offset  # cut between two images
   whole = (other / 'ILSVRC2012_img_val.tar').read_bytes()
@@ -126,3 +127,54 @@ def test_shards_of_other_tars_and_tars_that_stop_early(tars, tmp_path, capsys):
     (other / 'ILSVRC2012_img_val.tar').write_bytes(damaged)
     assert run(other, tmp_path / 'new', '--partial') == 2 and 'without the mark of a whole tar' in capsys.readouterr().err
   assert not (tmp_path / 'new').exists()  # both tars are read before anything is written
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Two classes of ten images in several formats, one of them broken."""
+  root = tmp_path_factory.mktemp('images')
+  for i, name in enumerate(('cat', 'dog')):
+    (root / name).mkdir()
+    for j in range(10):
+      image = Image.fromarray(np.full((40 + j, 60, 3), 100 * i + 10 * j, np.uint8))
+      image.convert('CMYK' if j == 1 else 'RGB').save(root / name / f'{j}.{"jpg" if j < 3 else "png" if j < 6 else "webp"}')
+  (root / 'cat' / '5.png').write_bytes(b'no image')
+  return root
+
+
+def labelled(source):
+  """[(a grey value, label)] of all its images."""
+  return sorted((int(decode.image(r['image']).mean().round(-1)), r.get('label')) for r in (source[i] for i in range(len(source))))
+
+
+def test_any_source_becomes_shards(folder, tmp_path, monkeypatch, capfd, caplog):
+  monkeypatch.setattr(shard_files, 'SHARD_BYTES', 800)
+  arguments = ['prepare', f'folder:{folder}', '--out', str(tmp_path), '--name', 'mine', '--holdout', '0.2', '--workers', '2']
+  assert commands.run(arguments[0], arguments[1:]) == 0
+  out = capfd.readouterr().out
+  assert '--config.data.source=tfds:mine' in out and 'left out' in caplog.text and 'cat/5.png' in caplog.text
+  for split, count in (('train', 16), ('eval', 4)):
+    plain, prepared = sources.make(f'folder:{folder}', split, holdout=0.2), sources.make('tfds:mine', split, data_dir=str(tmp_path))
+    found = {decode.Decoded(plain)[i]['image'].tobytes() for i in range(len(plain))}
+    assert len(plain) == count and {decode.image(prepared[i]['image']).tobytes() for i in range(len(prepared))} <= found
+    assert prepared.classes == ['cat', 'dog'] and len(prepared) in (count, count - 1)
+    assert all((value >= 100) == label for value, label in labelled(prepared))
+  shards = sorted((tmp_path / 'mine' / '1.0.0').glob('*train.array_record-*-of-?????'))
+  assert len(shards) > 1
+  before = {s: s.stat().st_mtime_ns for s in shards[1:]}
+  shards[0].unlink()
+  assert commands.run(arguments[0], arguments[1:]) == 0  # goes on
+  assert {s: s.stat().st_mtime_ns for s in shards[1:]} == before and shards[0].exists()
+  data = bytearray(shards[1].read_bytes())
+  data[len(data) // 2] ^= 1
+  shards[1].write_bytes(data)
+  assert commands.run(arguments[0], arguments[1:]) == 2
+  assert 'Remove it and run this again' in capfd.readouterr().err
+  assert commands.run('prepare', [f'folder:{folder}/cat', *arguments[2:]]) == 2  # other images in the same place
+  assert 'shards of other images' in capfd.readouterr().err
+
+
+def test_smaller_images_without_labels(folder, tmp_path):
+  assert commands.run('prepare', [f'folder:{folder}/dog', '--out', str(tmp_path), '--short-side', '64', '--workers', '1']) == 0
+  source = sources.make('tfds:images', 'train', data_dir=str(tmp_path))
+  assert source.classes is None and len(source) == 9

@@ -14,7 +14,7 @@ COMMANDS = {
   'segmentation': 'exact mIoU of a segmenter, also multi-scale',
   'convert': 'official, timm and Hugging Face checkpoints in and out',
   'checkpoints': 'which steps a workdir has, and whether they are whole',
-  'prepare': 'ImageNet-1k from its tars into the format that training reads',
+  'prepare': 'ImageNet-1k from its tars, or any images, into the format that training reads fastest',
   'bench': 'how many images a second this host prepares for training',
   'aot': 'what a TPU slice would do with a recipe, by its compiler, without one',
 }

@@ -1,4 +1,4 @@
-"""ImageNet's tars → the standard TFDS data set.
+"""ImageNet's tars, or any source → array_record shards, the format that training reads fastest, in the layout of TFDS.
 
 A folder holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as image-net.org gives them. What comes out is what
 tfds.builder('imagenet2012', data_dir=...) reads, in the array_record format; TensorFlow is not needed. Shards are written one by one
@@ -6,26 +6,24 @@ and renamed when complete: the same command goes on after a stop. A `short_side`
 the data set imagenet2012_256; that is not what the paper trained on.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import io
-import json
-import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from beitv2_jax.data import decode, transforms
+from beitv2_jax.data import decode, shards, sources, transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.progress import bar
 
 COUNTS = {'train': 1_281_167, 'validation': 50_000}
 TARS = {'train': 'ILSVRC2012_img_train.tar', 'validation': 'ILSVRC2012_img_val.tar'}
 VERSION = '5.1.0'
-SHARD_BYTES = 140 << 20  # 1,024 shards of training images, as TFDS makes them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,43 +122,90 @@ def stored(data: bytes, short_side: int) -> bytes:
   return out.getvalue()
 
 
-def _feature(kind: str, value):
-  from tensorflow_datasets.proto import tf_feature_pb2
+@dataclasses.dataclass(frozen=True)
+class TarRecords:
+  """The images of a split in ImageNet's tars."""
 
-  holder = {'bytes_list': tf_feature_pb2.BytesList, 'int64_list': tf_feature_pb2.Int64List}[kind]
-  return tf_feature_pb2.Feature(**{kind: holder(value=[value])})
+  index: Index
+  short_side: int
 
+  def __len__(self) -> int:
+    return len(self.index.names)
 
-def write_shard(index: Index, rows: range, target: Path, short_side: int) -> int:
-  """One shard of tf.Examples, beside its place and then renamed. Returns its bytes."""
-  from array_record.python import array_record_module
-  from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+  @property
+  def bytes(self) -> int:
+    return int(self.index.places[:, 1].sum())
 
-  beside = target.with_name(f'.{target.name}.{os.getpid()}')
-  writer = array_record_module.ArrayRecordWriter(str(beside), 'group_size:1')
-  total = 0
-  try:
-    with open(index.tar, 'rb') as tar:
+  def read(self, rows: range) -> Iterator[shards.Record]:
+    with open(self.index.tar, 'rb') as tar:
       for i in rows:
-        offset, size, label = (int(x) for x in index.places[i])
+        offset, size, label = (int(x) for x in self.index.places[i])
         tar.seek(offset)
         try:
-          image = stored(tar.read(size), short_side)
+          image = stored(tar.read(size), self.short_side)
         except decode.UNDECODABLE as e:
-          raise UserError(f'{index.names[i]} in {index.tar} does not decode ({e}): the tar is damaged.') from e
-        fields = dict(image=_feature('bytes_list', image), label=_feature('int64_list', label))
-        fields['file_name'] = _feature('bytes_list', index.names[i].encode())
-        record = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=fields)).SerializeToString()
-        writer.write(record)
-        total += len(record)
-    writer.close()
-    beside.rename(target)
-  finally:
-    beside.unlink(missing_ok=True)
-  return total
+          raise UserError(f'{self.index.names[i]} in {self.index.tar} does not decode ({e}): the tar is damaged.') from e
+        yield shards.Record(image, label, self.index.names[i])
 
 
-def prepare(tars: Path, out: Path, short_side: int = 0, workers: int = 0, partial: bool = False) -> Path:
+@dataclasses.dataclass(frozen=True)
+class SourceRecords:
+  """The images of any source, in an order that mixes its classes; those that do not decode are left out and named."""
+
+  source: Any
+  short_side: int
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  @property
+  def bytes(self) -> int:
+    """About: by a sample."""
+    sample = np.unique(np.linspace(0, len(self.source) - 1, 32).astype(int))
+    sizes = [len(image) if isinstance(image := self.source[int(i)]['image'], bytes) else image.size // 2 for i in sample]
+    return int(np.mean(sizes) * len(self.source))
+
+  def read(self, rows: range) -> Iterator[shards.Record]:
+    order = np.random.default_rng(0).permutation(len(self.source))
+    for i in rows:
+      place = int(order[i])
+      name = getattr(self.source, 'name', str)(place)
+      try:
+        record = self.source[place]
+        image = _encoded(record['image'])
+        decode.image(image) if not self.short_side else None  # what does not decode now would not later
+        yield shards.Record(stored(image, self.short_side) if self.short_side else image, record.get('label'), name)
+      except decode.UNDECODABLE as e:
+        yield shards.Record(b'', None, f'{name} ({" ".join(str(e).split())[:100]})')
+
+
+def _encoded(image: bytes | np.ndarray) -> bytes:
+  if isinstance(image, bytes):
+    return image
+  out = io.BytesIO()
+  Image.fromarray(image).save(out, 'PNG')
+  return out.getvalue()
+
+
+def prepare_source(
+  spec: str, out: Path, name: str, short_side: int = 0, workers: int = 0, data_dir: str = '', holdout: float = 0.1
+) -> Path:
+  """Writes a source's training and evaluation parts as shards; returns the data set's directory. Raises UserError."""
+  _check_short_side(short_side)
+  opened = {split: sources.make(spec, split, data_dir, holdout) for split in ('train', 'eval')}
+  if hasattr(opened['train'], 'mask_names'):
+    raise UserError(f'{spec} has masks, which are read from their folders; only images with or without labels are prepared.')
+  records = {tfds_name: SourceRecords(opened[split], short_side) for split, tfds_name in (('train', 'train'), ('eval', 'validation'))}
+  made_of = {split: [spec, len(source), short_side] for split, source in opened.items()}
+  return shards.write(out / name / '1.0.0', name, records, opened['train'].classes, made_of, workers, f'{spec}, prepared by beitv2_jax')
+
+
+def _check_short_side(short_side: int) -> None:
+  if short_side and not 64 <= short_side <= 1024:
+    raise UserError(f'--short-side {short_side}: between 64 and 1024 (256 to 320 make sense).')
+
+
+def prepare_imagenet(tars: Path, out: Path, short_side: int = 0, workers: int = 0, partial: bool = False) -> Path:
   """Builds both splits; returns the data set's directory. Raises UserError for missing, damaged or incomplete tars."""
   import tensorflow_datasets as tfds
 
@@ -171,79 +216,16 @@ def prepare(tars: Path, out: Path, short_side: int = 0, workers: int = 0, partia
     raise UserError(
       f'no {" and no ".join(missing)} in {tars.absolute()}: get them at https://image-net.org/download-images (free for research).'
     )
-  if short_side and not 64 <= short_side <= 1024:
-    raise UserError(f'--short-side {short_side}: between 64 and 1024 (256 to 320 make sense).')
+  _check_short_side(short_side)
   name = f'imagenet2012_{short_side}' if short_side else 'imagenet2012'
   folder = out / name / VERSION
-  template = f'{name}-{{}}.array_record-{{:05d}}-of-{{:05d}}'
   indices = {split: build_index(split, tars / tar, wnids, validation_labels) for split, tar in TARS.items()}
   for split, index in indices.items():
     if len(index.names) != COUNTS[split] and not partial:
       raise UserError(
         f'{TARS[split]} holds {len(index.names):,} images; ImageNet-1k has {COUNTS[split]:,} there. --partial takes it as it is.'
       )
-  folder.mkdir(parents=True, exist_ok=True)
-  _same_tars(
-    folder / 'tars.json',
-    {split: [len(i.names), int(i.places[:, 1].sum()), (tars / TARS[split]).stat().st_size] for split, i in indices.items()},
-  )
-  infos = []
-  for split, index in indices.items():
-    count = len(index.names)
-    shards = max(1, round(int(index.places[:, 1].sum()) / SHARD_BYTES))
-    bounds = np.linspace(0, count, shards + 1).astype(int)
-    jobs = [(folder / template.format(split, i, shards), range(bounds[i], bounds[i + 1])) for i in range(shards)]
-    open_jobs = [(target, rows) for target, rows in jobs if not target.exists()]
-    with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), mp_context=_spawn()) as pool:
-      futures = [pool.submit(write_shard, index, rows, target, short_side) for target, rows in open_jobs]
-      try:
-        for future in bar(concurrent.futures.as_completed(futures), 'shards', len(futures), f'{split}, {count:,} images'):
-          future.result()
-      except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
-    lengths = [_checked_length(target, len(rows)) for target, rows in jobs]
-    size = sum(target.stat().st_size for target, _ in jobs)
-    infos.append(
-      tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=_naming(tfds, folder, name, split))
-    )
-  features = tfds.features.FeaturesDict(
-    dict(image=tfds.features.Image(encoding_format='jpeg'), label=tfds.features.ClassLabel(names=wnids), file_name=tfds.features.Text())
-  )
-  tfds.folder_dataset.write_metadata(
-    data_dir=str(folder), features=features, split_infos=infos, version=VERSION, check_data=False, supervised_keys=('image', 'label'),
-    description='ILSVRC 2012' + f', images reduced to a short side of {short_side} px' * bool(short_side),
-  )  # fmt: skip
-  return folder
-
-
-def _checked_length(shard: Path, expected: int) -> int:
-  """The number of records in a shard. Raises UserError if it is damaged or not the one expected."""
-  from array_record.python import array_record_module
-
-  try:
-    reader = array_record_module.ArrayRecordReader(str(shard))
-    length = reader.num_records()
-    reader.close()
-  except Exception as e:  # the library raises its own types
-    raise UserError(f'{shard} is damaged. Remove it and run this again.') from e
-  if length != expected:
-    raise UserError(f'{shard} holds {length} records instead of {expected}: it is of another run. Remove it and run this again.')
-  return length
-
-
-def _same_tars(path: Path, now: dict) -> None:
-  """Shards that are there must come from these tars: their counts and sizes are kept beside them."""
-  if path.is_file() and json.loads(path.read_text()) != now:
-    raise UserError(f'{path.parent} holds shards of other tars. Remove it, or choose another --out.')
-  path.write_text(json.dumps(now))
-
-
-def _spawn():
-  import multiprocessing
-
-  return multiprocessing.get_context('spawn')
-
-
-def _naming(tfds, folder, name, split):
-  return tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, split=split, filetype_suffix='array_record')
+  made_of = {split: [len(i.names), int(i.places[:, 1].sum()), (tars / TARS[split]).stat().st_size] for split, i in indices.items()}
+  records = {split: TarRecords(index, short_side) for split, index in indices.items()}
+  about = 'ILSVRC 2012' + f', images reduced to a short side of {short_side} px' * bool(short_side)
+  return shards.write(folder, name, records, wnids, made_of, workers, about)

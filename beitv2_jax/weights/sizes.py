@@ -37,7 +37,7 @@ def _need(state: State, key: str, kind: str, axes: int) -> np.ndarray:
 def grid_of(patches: int | None, rows: int | None, given: tuple[int, int] | None) -> tuple[int, int]:
   """The patch grid from a position embedding's length or a bias table's rows; square unless `given`."""
   if given is None:
-    side = math.isqrt(patches) if patches is not None else (math.isqrt((rows or 3) - 3) + 1) // 2
+    side = math.isqrt(patches) if patches is not None else (math.isqrt(max((rows or 3) - 3, 0)) + 1) // 2
     given = (side, side)
   fits = given[0] * given[1] == patches if patches is not None else table_size(given) == rows
   if not fits:
