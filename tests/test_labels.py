@@ -89,6 +89,13 @@ def test_imagenet_as_kaggle_has_it(tmp_path):
   assert labels_of(source) == [0, 1] * 8 and source.classes == ['n01', 'n02']
 
 
+def test_a_label_that_is_no_class_number(tmp_path):
+  """As a flipped bit makes it; a list of so many names would fill the memory."""
+  parquet(tmp_path / 'x.parquet', [0, 2305843009213693953])
+  with pytest.raises(UserError, match='such as 2305843009213693953'):
+    sources.make(f'parquet:{tmp_path}', 'train')
+
+
 def parquet(path, labels, names=None):
   import pyarrow
   from pyarrow import parquet as pq

@@ -12,6 +12,9 @@ from beitv2_jax.data.listing import SPLITS, held_out
 from beitv2_jax.errors import UserError
 
 
+MAX_CLASSES = 10**6  # a larger label is no class number
+
+
 class Parquet:
   """A folder of parquet files: a column `image` of {bytes, path} and a column `label`, if any. A label of -1 is none.
 
@@ -126,7 +129,7 @@ def _labels(own: list[Path], files: list[Path]) -> tuple[bool, list[str] | None]
       names = theirs, file
   known = {file: x for file, x in values.items() if any(label != -1 for label in x)}
   for file, x in known.items():
-    wrong = next((label for label in x if not isinstance(label, int) or label < 0 or (names and label >= len(names[0]))), None)
+    wrong = next((label for label in x if not isinstance(label, int) or not 0 <= label < (len(names[0]) if names else MAX_CLASSES)), None)
     if wrong is not None:
       limit = f' below {len(names[0])}' if names else ''
       raise UserError(f'{file}: labels must be class numbers from 0 on{limit}; here they are such as {wrong!r}.')

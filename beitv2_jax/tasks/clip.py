@@ -52,7 +52,10 @@ def _tell_apart(captions: tuple[str, ...], length: int) -> None:
 
 
 def captions_of(config: Any, source: Any) -> tuple[str, ...]:
-  return tuple(config.caption.format(name) for name in source.classes)
+  try:
+    return tuple(config.caption.format(name) for name in source.classes)
+  except (KeyError, IndexError, ValueError, AttributeError) as e:
+    raise UserError(f"caption={config.caption!r}: text with one {{}} for the class's name.") from e
 
 
 def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:

@@ -358,7 +358,7 @@ class Topologies(Processes):
         time.sleep(0.05)
       process.send_signal(signal.SIGTERM)
       code, text = self.finish(process)
-      if code not in (0, 143):
+      if code not in (0, 143, -signal.SIGTERM):  # the last: before Python had set itself up
         return outcomes.of_process(code, text, lambda: '')[0], f'{done}: {text[-300:]}'
     outcome, said = outcomes.of_process(*self.run(workdir), lambda: self.close(workdir))
     return (outcome if outcome != outcomes.SAID else outcomes.WRONG), f'{"; ".join(done)}: {said}'
