@@ -11,7 +11,6 @@ import numpy as np
 from beitv2_jax.data.listing import SPLITS, held_out
 from beitv2_jax.errors import UserError
 
-
 MAX_CLASSES = 10**6  # a larger label is no class number
 
 
