@@ -203,6 +203,10 @@ def check(config: ConfigDict) -> None:
   patch = config.model.get('patch_size') if 'model' in config else None
   if patch and any(side % patch for side in np.atleast_1d(config.data.image_size)):
     raise UserError(f'data.image_size={config.data.image_size} is not a multiple of model.patch_size={patch}.')
+  if config.task == 'segmenter' and min(patch_grid(config)) < 2:
+    raise UserError(
+      f'data.image_size={config.data.image_size}: a segmenter needs at least two patches a side, which halve at its coarsest level.'
+    )
   if config.accumulate < 1 or config.batch_size % (data * config.accumulate):
     raise UserError(f'batch_size={config.batch_size} does not divide into accumulate={config.accumulate} parts on {data} data devices.')
   for name, length in (('value_range', 2), ('channels', 3)):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from beitv2_jax.downstream import features
 
@@ -53,7 +54,7 @@ def main() -> None:
     peak = max(peak, anonymous())
     return block_of_features[: len(images)]
 
-  config = types.SimpleNamespace(data=types.SimpleNamespace(image_size=8))
+  config = ConfigDict(dict(data=dict(image_size=8)))
   model = types.SimpleNamespace(config=config, pooled_layers=pooled_layers)
   sources = dict(train=Images(args.images), eval=Images(max(args.images // 25, 100)))
   with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -58,6 +58,11 @@ def test_a_value_out_of_range_is_named(tmp_path, path, value):
   assert not (tmp_path / 'run').exists()
 
 
+def test_a_segmenter_of_one_patch_is_refused(tmp_path):
+  with pytest.raises(UserError, match='data.image_size=8: a segmenter needs at least two patches'):
+    loop.run(smoke('segmenter', data__image_size=8), tmp_path)
+
+
 def test_no_momentum_is_a_sensible_setting(tmp_path):
   assert np.isfinite(loop.run(smoke('pretrain', optim__b1=0.0, steps=2), tmp_path)['loss_1'])
 
