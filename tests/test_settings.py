@@ -63,6 +63,11 @@ def test_a_segmenter_of_one_patch_is_refused(tmp_path):
     loop.run(smoke('segmenter', data__image_size=8), tmp_path)
 
 
+def test_a_kernel_that_does_not_fit_is_refused(tmp_path):
+  with pytest.raises(UserError, match='layers.attention=tpu cannot take 17 tokens in heads of 16'):
+    loop.run(smoke('tokenizer', layers__attention='tpu', steps=1), tmp_path)
+
+
 def test_no_momentum_is_a_sensible_setting(tmp_path):
   assert np.isfinite(loop.run(smoke('pretrain', optim__b1=0.0, steps=2), tmp_path)['loss_1'])
 

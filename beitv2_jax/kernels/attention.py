@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from beitv2_jax.errors import UserError
 from beitv2_jax.kernels import attention_gpu, attention_tpu, chip
 
 
@@ -29,7 +30,7 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
     rounded = dict(tpu=chip.rounded_products(), gpu=x.dtype == jnp.bfloat16)
     how = chip.platform() if rounded.get(chip.platform()) and fits[chip.platform()] and 'attention' not in chip.refused else 'xla'
   if not fits[how]:
-    raise ValueError(f'layers.attention={how} cannot take {x.shape[1]} tokens in heads of {head_dim}; use auto or xla.')
+    raise UserError(f'layers.attention={how} cannot take {x.shape[1]} tokens in heads of {head_dim}; use auto or xla.')
   if how == 'xla':
     return plain(x, qkv, q_bias, v_bias, bias)
   if how == 'tpu' and plan is not None:

@@ -138,18 +138,7 @@ def convert(kind: str, config: Any, state: State, grid: tuple[int, int]) -> tupl
     id2label={str(i): name for i, name in enumerate(names)},
     label2id={name: i for i, name in enumerate(names)},
   )
-  mean, std = statistics(config)
-  size = dict(height=beit_config['image_size'], width=beit_config['image_size'])
-  preprocessor: dict[str, Any] = dict(
-    image_processor_type='BeitImageProcessor', do_resize=True, size=size, resample=3, do_center_crop=False, do_rescale=True,
-    rescale_factor=1 / 255, do_normalize=True, image_mean=list(mean), image_std=list(std), do_reduce_labels=False,
-  )  # fmt: skip
-  if kind != 'segmenter':  # as we evaluate: the shorter side resized, then the centre; their Beit processor would squash to a square
-    del preprocessor['do_reduce_labels']
-    preprocessor |= dict(
-      image_processor_type='CLIPImageProcessor', size=dict(shortest_edge=int(size['height'] / config.data.get('crop_pct', 0.875))), do_center_crop=True,
-      crop_size=size, do_convert_rgb=True,
-    )  # fmt: skip
+  preprocessor = _preprocessor(kind, config, grid[0] * model.patch_size)
   if kind == 'segmenter':
     if model.channels != model.width:
       raise UserError(f"transformers' heads are as wide as the backbone; here they have {model.channels} channels of {model.width}.")
@@ -165,3 +154,20 @@ def convert(kind: str, config: Any, state: State, grid: tuple[int, int]) -> tupl
     )
     preprocessor['do_reduce_labels'] = classes == 150  # ADE20K's masks count from 1, with 0 for none
   return out, beit_config, preprocessor
+
+
+def _preprocessor(kind: str, config: Any, side: int) -> dict[str, Any]:
+  """preprocessor_config.json: how an image becomes what the network takes."""
+  mean, std = statistics(config)
+  size = dict(height=side, width=side)
+  preprocessor: dict[str, Any] = dict(
+    image_processor_type='BeitImageProcessor', do_resize=True, size=size, resample=3, do_center_crop=False, do_rescale=True,
+    rescale_factor=1 / 255, do_normalize=True, image_mean=list(mean), image_std=list(std), do_reduce_labels=False,
+  )  # fmt: skip
+  if kind != 'segmenter':  # as we evaluate: the shorter side resized, then the centre; their Beit processor would squash to a square
+    del preprocessor['do_reduce_labels']
+    preprocessor |= dict(
+      image_processor_type='CLIPImageProcessor', size=dict(shortest_edge=int(side / config.data.get('crop_pct', 0.875))), do_center_crop=True,
+      crop_size=size, do_convert_rgb=True,
+    )  # fmt: skip
+  return preprocessor
