@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from beitv2_jax.errors import UserError
 from beitv2_jax.kernels import attention, attention_tpu, chip
 from beitv2_jax.training import sharding
 
@@ -87,7 +88,7 @@ def test_what_fits_the_fast_memory():
 
 def test_what_the_kernel_cannot_take():
   args = inputs(1, 5, 2, 16, False)
-  with pytest.raises(ValueError, match='heads of 16'):
+  with pytest.raises(UserError, match='heads of 16'):
     attention.attend(*args, 'tpu')
   assert attention.attend(*args, 'auto').shape == (1, 5, 32)
 
