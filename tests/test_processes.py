@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from beitv2_jax.configs import finetune_b16
 
+from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.training import loop, metrics, peers
 from beitv2_jax.weights import stages
 from tests.conftest import main_command, main_env, run_main, smoke
@@ -118,6 +119,17 @@ def test_a_silent_process_is_lost_and_one_that_finished_is_not():
   assert watch.lost(values, 21.0) == 'process 1 on there is lost: nothing was heard of it for 21 s'
   values[1] = ('alive/1', '6 there')
   assert not watch.lost(values, 22.0)
+
+
+def test_only_what_a_lost_process_may_have_caused_waits_for_the_verdict(monkeypatch):
+  waited = []
+  monkeypatch.setattr(peers, '_watch', object())
+  monkeypatch.setattr(peers.time, 'sleep', waited.append)
+  for error in (UserError('bad input'), SaveError('full disk'), FloatingPointError('loss')):
+    peers.wait_for_verdict(error)
+  assert not waited
+  peers.wait_for_verdict(RuntimeError('connection closed by peer'))
+  assert waited == [peers.SILENCE + 3 * peers.BEAT]
 
 
 def start_two(*args):

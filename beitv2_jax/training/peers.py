@@ -16,6 +16,8 @@ from typing import Any
 import jax
 from jax._src import distributed  # its client has no public name
 
+from beitv2_jax.errors import RunFailed, UserError
+
 BEAT = 2.0  # seconds from one count to the next
 SILENCE = 20.0
 LOST = 75  # EX_TEMPFAIL: try again
@@ -41,8 +43,11 @@ def finished() -> None:
 
 
 def wait_for_verdict(error: Exception) -> None:
-  """What failed may have failed because another process is gone: the watch will say so, and end this process."""
-  if _watch is not None and not isinstance(error, SystemExit):
+  """What failed may have failed because another process is gone: the watch will say so, and end this process.
+
+  Not so bad input, a full disk or a loss that is not finite, which are said at once.
+  """
+  if _watch is not None and not isinstance(error, (UserError, RunFailed, FloatingPointError)):
     time.sleep(SILENCE + 3 * BEAT)
 
 
