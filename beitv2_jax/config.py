@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from beitv2_jax import settings
+from beitv2_jax import settings, storage
 from beitv2_jax.errors import UserError
 
 
@@ -243,19 +243,18 @@ def _fits(wanted: int, devices: int) -> bool:
 
 
 def save(config: ConfigDict, workdir: str | Path) -> None:
-  path = Path(workdir) / 'config.json'
-  tmp = path.with_suffix('.tmp')
-  tmp.write_text(config.to_json_best_effort(indent=2))
-  tmp.rename(path)
+  storage.write(storage.place(workdir) / 'config.json', config.to_json_best_effort(indent=2))
 
 
 def load(workdir: str | Path, what: str = 'a workdir of a finished stage') -> ConfigDict:
   """The config that made `workdir`. `what` names the expected thing in the error."""
-  path = Path(workdir).expanduser() / 'config.json'
-  if not path.is_file():
-    raise UserError(f'no config.json in {path.parent}: expected {what}.')
+  path = storage.place(workdir) / 'config.json'
+  with storage.reaching(path):
+    if not path.exists() or path.is_dir():
+      raise UserError(f'no config.json in {path.parent}: expected {what}.')
+    text = path.read_text()
   try:
-    config = ConfigDict(json.loads(path.read_text()))
+    config = ConfigDict(json.loads(text))
   except ValueError as e:
     raise UserError(f'{path} is damaged ({e}).') from e
   if 'task' not in config:

@@ -17,7 +17,9 @@ from beitv2_jax.errors import RunFailed, UserError
 
 # Decoding processes import this file again, so what is slow to import is imported inside functions.
 CONFIG = config_flags.DEFINE_config_file('config', None, 'A recipe, with arguments after a colon.', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where checkpoints, metrics and config.json go; also what a stopped run goes on from.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where checkpoints, metrics and config.json go, a directory or gs://BUCKET/RUN; also what a stopped run goes on from.'
+)
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, where nothing else says it. SLURM does.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Several hosts that find each other, as on a TPU VM slice.')
 _PROCESSES = flags.DEFINE_integer('processes', None, 'Number of processes, with --coordinator.')
@@ -30,15 +32,16 @@ def train(argv: list[str]) -> None:
   config = recipes.given(CONFIG.value)
   if not _WORKDIR.value:
     raise UserError('give --workdir=DIR: where checkpoints and metrics go, and what a stopped run goes on from.')
-  if '://' in _WORKDIR.value:
-    raise UserError(f'--workdir={_WORKDIR.value}: give a directory; mount a bucket (gcsfuse) where you want to write to one.')
+  from beitv2_jax import storage
   from beitv2_jax.training import loop, peers, process
 
+  workdir = storage.place(_WORKDIR.value)
+
   process.quiet_threads()
-  process.use_compilation_cache()
+  process.use_compilation_cache(workdir)
   process.start_distributed(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
   try:
-    loop.run(config, _WORKDIR.value)
+    loop.run(config, workdir)
   except Exception as e:
     peers.wait_for_verdict(e)
     raise

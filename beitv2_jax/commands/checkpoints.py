@@ -9,7 +9,6 @@ Without --verify only the list of checksums and the names of the files are looke
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 from beitv2_jax.commands.arguments import add_from, add_json, at_least, command, parser, write_json
@@ -35,12 +34,12 @@ def main(argv: list[str] | None = None) -> int:
   found = checkpoint_files.survey(folder, verify=args.verify or bool(args.prune))
   print(f'{folder}: {config.task}, {config.data.source}')
   for row in found:
-    when = time.strftime('%Y-%m-%d %H:%M', time.localtime(row['saved']))
+    when = time.strftime('%Y-%m-%d %H:%M', time.localtime(row['saved'])) if row['saved'] else f'{"?":16}'
     print(f'  {row["name"]:>12}  {row["bytes"] / 2**20:>10,.1f} MiB  {when}  {row["state"]}')
   write_json(args.json, found)
   if args.prune:
     for name in checkpoint_files.prune(folder, found, args.prune):
-      print(f'removed {Path(folder) / name}')
+      print(f'removed {folder / name}')
     return 0
   return int(any(_damaged(row) for row in found))
 

@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from beitv2_jax import storage
 from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.weights import checkpoint_files, stages, trees
 from beitv2_jax.weights.checkpoint_files import Damaged
@@ -20,7 +21,7 @@ class Checkpoints:
   """The checkpoints of one workdir."""
 
   def __init__(self, workdir: str | Path, keep: int = 2, keep_every: int = 0):
-    self.folder = Path(workdir).absolute() / 'checkpoints'
+    self.folder = storage.place(workdir) / 'checkpoints'
     self.keep, self.keep_every = keep, keep_every
     self._manager: ocp.CheckpointManager | None = None
 
@@ -28,16 +29,7 @@ class Checkpoints:
   def manager(self) -> ocp.CheckpointManager:
     """Orbax's view of the folder, opened when damaged checkpoints are out of it."""
     if self._manager is None:
-      self._manager = ocp.CheckpointManager(
-        self.folder,
-        options=ocp.CheckpointManagerOptions(
-          max_to_keep=self.keep,
-          keep_period=self.keep_every or None,
-          enable_async_checkpointing=True,
-          cleanup_tmp_directories=True,
-        ),
-        item_handlers=checkpoint_files.handlers(),
-      )
+      self._manager = checkpoint_files.manager(self.folder, self.keep, self.keep_every)
     return self._manager
 
   def latest(self) -> int | None:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from beitv2_jax import storage
 from beitv2_jax.errors import SaveError, UserError
 
 BEAT = 10.0  # seconds from one count to the next
@@ -58,7 +59,7 @@ class Lock:
   Raises UserError, in all of them, if another run holds it; its message names that run. SaveError if it cannot be written.
   """
 
-  def __init__(self, workdir: Path, beat: float = BEAT, stale: float = STALE):
+  def __init__(self, workdir: Any, beat: float = BEAT, stale: float = STALE):
     self.path, self.beat, self.stale = workdir / 'run.lock', beat, stale
     now = time.strftime('%Y-%m-%d %H:%M:%S %Z')
     self.ours = dict(host=socket.gethostname(), machine=_machine(), pid=os.getpid(), birth=_birth(os.getpid()), since=now)
@@ -90,13 +91,12 @@ class Lock:
   def _acquire(self) -> None:
     for _ in range(3):
       try:
-        with self.path.open('x') as file:  # atomic, on shared file systems too
-          json.dump(self.ours, file)
+        storage.create(self.path, json.dumps(self.ours))
         return
       except FileExistsError:
         self._take_over()
       except OSError as e:
-        raise SaveError(f'could not write {self.path}: {e.strerror}; free space or mend the disk, then run the same command.') from e
+        raise SaveError(f'could not write {self.path}: {e.strerror or e}; free space or mend the disk, then run the same command.') from e
     raise UserError(f'other runs are starting in {self.path.parent} at this moment; give each its own --workdir.')
 
   def _take_over(self) -> None:
@@ -113,13 +113,19 @@ class Lock:
   def _owner(self) -> dict[str, Any]:
     """Whose the lock is; {} if there is none, or it is being written."""
     try:
-      return {k: v for k, v in json.loads(self.path.read_text()).items() if k != 'count'}
+      with storage.reaching(self.path):
+        return {k: v for k, v in json.loads(self.path.read_text()).items() if k != 'count'}
     except (OSError, ValueError):
       return {}
 
   def _silent(self) -> bool:
     """Waits until the lock changes (False) or has not for long enough (True)."""
-    content = lambda: self.path.read_bytes() if self.path.exists() else b''
+
+    def content() -> bytes:
+      with contextlib.suppress(OSError), storage.reaching(self.path):
+        return self.path.read_bytes()
+      return b''
+
     first, until = content(), time.monotonic() + self.stale
     print(f'{self.path} is there: waiting up to {self.stale:.0f} s to see whether its run is alive.', file=sys.stderr)
     while time.monotonic() < until:
@@ -134,4 +140,4 @@ class Lock:
       count += 1
       with contextlib.suppress(OSError):
         if self._owner() == self.ours:  # or it was taken over while this process was halted
-          self.path.write_text(json.dumps(self.ours | dict(count=count)))
+          storage.write(self.path, json.dumps(self.ours | dict(count=count)))

@@ -18,7 +18,7 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 
 from beitv2_jax import config as config_lib
-from beitv2_jax import tasks
+from beitv2_jax import storage, tasks
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.kernels import attention, chip, functions
@@ -39,12 +39,11 @@ def run(config: Any, workdir: str | Path) -> dict[str, float]:
   Raises: UserError (bad input, or a workdir in use), Interrupted (a signal; the state is saved), FloatingPointError (the loss is not
   finite), SaveError.
   """
-  workdir = Path(workdir).expanduser().absolute()
+  workdir = storage.place(workdir)
+  if storage.in_bucket(workdir):
+    storage.check_writable(workdir, f'.writable-{jax.process_index()}')
   setup = prepare(config, workdir)
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise UserError(f'cannot make the workdir {workdir}: {e.strerror}.') from e
+  storage.check_writable(workdir, f'.writable-{jax.process_index()}')
   with Lock(workdir):
     training = begin(setup)
     try:
@@ -59,7 +58,7 @@ def run(config: Any, workdir: str | Path) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def writing(workdir: Path, checkpoints: Checkpoints) -> Generator[None]:
+def writing(workdir: Any, checkpoints: Checkpoints) -> Generator[None]:
   """A disk that takes no more is an error that names it and the newest checkpoint."""
   try:
     yield
@@ -73,7 +72,7 @@ class Setup:
   """What a run is made of and does not change."""
 
   config: Any
-  workdir: Path
+  workdir: Any
   task: tasks.Task
   frozen: Any  # weights that are used and not trained, as numpy arrays
   sources: dict[str, Any]  # of 'train' and 'eval'
@@ -97,7 +96,7 @@ def planned_steps(config: Any, images: int) -> tuple[int, int]:
   return steps, optim_config.warmup_steps if optim_config.warmup_steps >= 0 else round(optim_config.warmup_epochs * per_epoch)
 
 
-def prepare(config: Any, workdir: Path) -> Setup:
+def prepare(config: Any, workdir: Any) -> Setup:
   """Opens data, task and mesh, and plans where the state will lie. Writes nothing. Raises UserError for bad input."""
   config_lib.check(config)
   opened = {split: sources.make(config.data.source, split, config.data.dir, config.data.holdout) for split in ('train', 'eval')}
@@ -128,13 +127,15 @@ def begin(setup: Setup) -> 'Training':
     if config.init_from:
       state = start_from(config.init_from, setup.task, state, setup.layout.shardings)
   with writing(workdir, checkpoints):
-    metrics = Metrics(workdir, start, setup.steps, workdir.name)
+    output = storage.Mirror(workdir)
+    output.bring('metrics.jsonl')
+    metrics = Metrics(output.folder, start, setup.steps, workdir.name)
     describe(setup, metrics, start, notes)
   check_kernels(config, metrics)
-  return Training(setup, state, start, checkpoints, metrics)
+  return Training(setup, state, start, checkpoints, metrics, output)
 
 
-def config_changes(workdir: Path, config: Any) -> list[str]:
+def config_changes(workdir: Any, config: Any) -> list[str]:
   """What to tell the user about settings that are not those the run began with."""
   try:
     former = config_lib.load(workdir)
@@ -168,8 +169,8 @@ def describe(setup: Setup, metrics: Metrics, start: int, notes: list[str]) -> No
   finished = 0 < setup.steps <= start and (workdir / 'config.json').exists()  # such a run is not changed any more
   if jax.process_index() == 0 and not finished:
     config_lib.save(config, workdir)
-    (workdir / 'data.txt').write_text('\n'.join(setup.understood) + '\n')
-    (workdir / 'parameters.txt').write_text(parameter_overview.get_parameter_overview(params, include_stats=False) + '\n')
+    storage.write(workdir / 'data.txt', '\n'.join(setup.understood) + '\n')
+    storage.write(workdir / 'parameters.txt', parameter_overview.get_parameter_overview(params, include_stats=False) + '\n')
   count, platform = int(parameter_overview.count_parameters(params)), jax.devices()[0].platform
   metrics.say(f'{workdir.name}: {count:,} parameters, {setup.steps} steps of {config.batch_size} on {setup.mesh.size} {platform} devices')
   if start:
@@ -192,13 +193,13 @@ def check_kernels(config: Any, metrics: Metrics) -> None:
 class Training:
   """A run under way: its state, the batches to come, and what is still to be reported."""
 
-  def __init__(self, setup: Setup, state: TrainState, start: int, checkpoints: Checkpoints, metrics: Metrics):
+  def __init__(self, setup: Setup, state: TrainState, start: int, checkpoints: Checkpoints, metrics: Metrics, output: storage.Mirror):
     config, mesh, layout = setup.config, setup.mesh, setup.layout
     self.setup, self.state, self.start, self.step = setup, state, start, start
-    self.checkpoints, self.metrics = checkpoints, metrics
+    self.checkpoints, self.metrics, self.output = checkpoints, metrics, output
     self.frozen = sharding.put_replicated(setup.frozen, mesh)
     self.signals = Signals()
-    self.profile = Profile(setup.workdir / 'profile', config.profile_steps if jax.process_index() == 0 else 0)
+    self.profile = Profile(output.folder / 'profile', config.profile_steps if jax.process_index() == 0 else 0)
     self.batches = pipeline.train_batches(
       setup.sources['train'], setup.transforms['train'], batch=config.batch_size, start=start, workers=config.data.workers, **self._share()
     )
@@ -247,7 +248,8 @@ class Training:
     results = self.evaluate(variables) if self.not_yet_evaluated() else self.metrics.evaluated.get(self.step, {})
     if jax.process_index() == 0:
       with writing(self.setup.workdir, self.checkpoints):
-        self.setup.task.finish(variables['params'], self.setup.workdir)
+        self.setup.task.finish(variables['params'], self.output.folder)
+        self.output.send()
     return results
 
   def save_due(self) -> bool:
@@ -267,6 +269,7 @@ class Training:
     if self.saved != self.step:
       with writing(self.setup.workdir, self.checkpoints):
         self.metrics.keep()
+        self.output.send()
         self.checkpoints.save(self.step, *self.state.split())
       self.saved = self.step
 
@@ -357,7 +360,7 @@ class Training:
 
   def close(self) -> None:
     """Whatever ended the run is what matters now, so that a part that does not close is only named."""
-    for part in (self.metrics, self.checkpoints, self.batches, self.profile):
+    for part in (self.metrics, self.checkpoints, self.batches, self.profile, self.output):
       try:
         part.close()
       except Exception as e:  # Orbax, tensorstore, grain and the disk raise many types

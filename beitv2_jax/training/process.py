@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from beitv2_jax import storage
 from beitv2_jax.errors import UserError
 from beitv2_jax.training import peers
 
@@ -25,10 +26,12 @@ def quiet_threads() -> None:
   sys.unraisablehook = lambda args: None if is_theirs(args.exc_traceback) else unraisable_hook(args)
 
 
-def use_compilation_cache() -> None:
-  """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+def use_compilation_cache(workdir: Any = '') -> None:
+  """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says otherwise: in the home directory, or beside a run in a
+  bucket, whose next machine may be a new one."""
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    jax.config.update('jax_compilation_cache_dir', str(Path.home() / '.cache' / 'beitv2_jax' / 'xla'))
+    where = workdir / 'compiled' if storage.in_bucket(workdir) else Path.home() / '.cache' / 'beitv2_jax' / 'xla'
+    jax.config.update('jax_compilation_cache_dir', str(where))
 
 
 def start_distributed(coordinator: str | None, processes: int | None, process: int | None, distributed: bool) -> None:

@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 from beitv2_jax import config as config_lib
+from beitv2_jax import storage
 from beitv2_jax.errors import UserError
 from beitv2_jax.weights import checkpoint_files
 from beitv2_jax.weights.checkpoint_files import Damaged
@@ -14,7 +13,7 @@ from beitv2_jax.weights.checkpoint_files import Damaged
 
 def write_variables(workdir: str | Path, step: int, variables: Any) -> None:
   """A checkpoint without optimizer state, as an importer makes it."""
-  with ocp.CheckpointManager(Path(workdir).absolute() / 'checkpoints', item_handlers=checkpoint_files.handlers()) as manager:
+  with checkpoint_files.manager(storage.place(workdir) / 'checkpoints') as manager:
     manager.save(step, args=checkpoint_files.to_save(variables=variables), force=True)
 
 
@@ -24,7 +23,7 @@ def load_variables(workdir: str | Path, what: str = 'a workdir of a finished sta
   Raises UserError if there is none. Warns on stderr of damaged ones that were passed over.
   """
   config = config_lib.load(workdir, what)
-  folder = Path(workdir).expanduser().absolute() / 'checkpoints'
+  folder = storage.place(workdir) / 'checkpoints'
   damaged: dict[int, Damaged] = {}
   for step in checkpoint_files.steps(folder):
     try:
@@ -40,16 +39,16 @@ def load_variables(workdir: str | Path, what: str = 'a workdir of a finished sta
   raise UserError(f'no complete checkpoint in {folder}: expected {what}; has its training saved yet?')
 
 
-def checkpoints_of(workdir: str | Path) -> tuple[Path, Any]:
+def checkpoints_of(workdir: str | Path) -> tuple[Any, Any]:
   """(folder of checkpoints, config) of a workdir. Raises UserError if it is none."""
   config = config_lib.load(workdir, 'a workdir')
-  folder = Path(workdir).expanduser().absolute() / 'checkpoints'
+  folder = storage.place(workdir) / 'checkpoints'
   if not folder.is_dir():
     raise UserError(f'no checkpoints in {folder.parent}: has its training saved yet?')
   return folder, config
 
 
-def no_whole_checkpoint(folder: Path, damaged: dict[int, Damaged]) -> str:
+def no_whole_checkpoint(folder: Any, damaged: dict[int, Damaged]) -> str:
   found = '; '.join(f'{step}: {why}' for step, why in damaged.items())
   return (
     f'no checkpoint in {folder} is whole ({found}). Nothing was changed: bring them back from a copy, or begin in another --workdir. '
