@@ -1,71 +1,110 @@
 #!/usr/bin/env bash
-# A Cloud TPU VM slice, from creation to deletion. Every step can be repeated; --dry-run prints what it would do.
+# A TPU slice on Compute Engine: a managed instance group with a workload policy, whose hosts train as soon as they are up.
 #
-#   launch/tpu_vm.sh create  --name b16 --zone us-central1-a --type v5litepod-64 --version v2-alpha-tpuv5-lite [--spot]
-#   launch/tpu_vm.sh install --name b16 --zone us-central1-a            copy this repository to all hosts, make the environment
-#   launch/tpu_vm.sh start   --name b16 --zone us-central1-a -- --config=configs/beitv2_b16.py --workdir=/mnt/shared/b16 ...
-#   launch/tpu_vm.sh log     --name b16 --zone us-central1-a            follow the first host's log
-#   launch/tpu_vm.sh resume  (as create, with the arguments of start)   after preemption: wait for a new slice, install, start
-#   launch/tpu_vm.sh delete  --name b16 --zone us-central1-a
+#   launch/tpu_vm.sh start  --name b16 --zone us-east5-b --machine ct6e-standard-4t --topology 4x4 --hosts 4 --image FAMILY/PROJECT [--spot] \
+#                           -- --config=configs/beitv2_b16.py --workdir=gs://bucket/b16 ...
+#   launch/tpu_vm.sh watch  (the same arguments)                   start, then make the slice anew whenever it is taken away
+#   launch/tpu_vm.sh log    --name b16 --zone us-east5-b           follow the first host's log
+#   launch/tpu_vm.sh stop   --name b16 --zone us-east5-b           save and stop on all hosts; the group stays
+#   launch/tpu_vm.sh delete --name b16 --zone us-east5-b
+#   launch/tpu_vm.sh --dry-run ...                                 print what it would do
 #
-# The workdir must be a directory that all hosts mount (Filestore, gcsfuse).
+# The workdir is a folder of a bucket, gs://BUCKET/RUN; the code travels beside it. A host that comes up, for the first time or after a
+# repair, installs what is missing and goes on from the last checkpoint. A host whose run fails starts again, but not after bad input (2).
+# Compute Engine repairs slices by itself, but not Spot ones: `watch` deletes a group that has lost a host, and makes it again.
+# FAMILY/PROJECT is Google's image for the TPU version (its page 'TPU OS images' lists them).
 set -euo pipefail
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+fail() { echo "error: $1" >&2; exit 2; }
 [ $# -gt 0 ] || usage
-command='' name='' zone='' type='' version='' spot='' dry=''
+command='' name='' zone='' machine='' topology='' hosts='' image='' spot='' dry='' every=60
 while [ $# -gt 0 ]; do
   case "$1" in
-    create|install|start|log|resume|delete) command=$1; shift ;;
+    start|watch|log|stop|delete) command=$1; shift ;;
     --name) name=$2; shift 2 ;;
     --zone) zone=$2; shift 2 ;;
-    --type) type=$2; shift 2 ;;
-    --version) version=$2; shift 2 ;;
-    --spot) spot=--spot; shift ;;
+    --machine) machine=$2; shift 2 ;;      # a host: ct6e-standard-4t, tpu7x-standard-4t, ct5p-hightpu-4t
+    --topology) topology=$2; shift 2 ;;    # chips of the slice: 4x4
+    --hosts) hosts=$2; shift 2 ;;
+    --image) image=$2; shift 2 ;;
+    --spot) spot=1; shift ;;
     --dry-run) dry=1; shift ;;
     --) shift; break ;;
     *) echo "error: unknown option $1" >&2; usage ;;
   esac
 done
 [ -n "$command" ] || usage
-if [ -z "$name" ] || [ -z "$zone" ]; then echo 'error: give --name and --zone' >&2; exit 2; fi
+if [ -z "$name" ] || [ -z "$zone" ]; then fail 'give --name and --zone'; fi
+region=${zone%-*}
 
-run() {
-  if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi
-}
-everywhere() { run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"; }
+run() { if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
+group() { run gcloud compute instance-groups managed "$1" "$name" --zone="$zone" "${@:2}"; }
+running() { gcloud compute instance-groups managed list-instances "$name" --zone="$zone" --format='value(instance.basename(),instanceStatus)'; }
+hosts_now() { if [ -n "$dry" ]; then echo "$name-HOST"; else running | cut -f1 | sort; fi; }
+on() { run gcloud compute ssh "$1" --zone="$zone" --command="$2"; }
 
-create() {
-  if [ -z "$type" ] || [ -z "$version" ]; then echo 'error: create needs --type and --version' >&2; exit 2; fi
-  # shellcheck disable=SC2086  # empty when not wanted
-  run gcloud compute tpus queued-resources create "$name" --node-id="$name" --zone="$zone" \
-    --accelerator-type="$type" --runtime-version="$version" $spot
+boot_script() {  # what each host does when it comes up; $1: where the code lies, then the arguments of training
+  cat <<END
+#!/bin/bash
+exec >> /var/log/beitv2_jax.log 2>&1
+mkdir -p /opt/beitv2_jax && cd /opt/beitv2_jax
+if [ ! -e ready ]; then
+  gcloud storage cp $1 code.tgz && tar xzf code.tgz && python3 -m venv .venv && .venv/bin/pip install -q -c requirements.lock -e '.[tpu,gcs]' && touch ready || exit 1
+fi
+export HOME=/root
+while true; do
+  .venv/bin/python -m beitv2_jax.main --distributed$(printf ' %q' "${@:2}")
+  code=\$?
+  case \$code in 0|2|130|143) exit \$code ;; esac
+  echo "ended with \$code; going on from the last checkpoint"
+  sleep 10
+done
+END
 }
-ready() {
-  [ -z "$dry" ] || { echo "wait until $name is ACTIVE"; return; }
-  until gcloud compute tpus queued-resources describe "$name" --zone="$zone" --format='value(state.state)' | grep -q ACTIVE; do sleep 30; done
-}
-install() {
-  local archive=/tmp/beitv2_jax.tgz
-  run git archive --format=tar.gz -o "$archive" HEAD
-  run gcloud compute tpus tpu-vm scp "$archive" "$name:$archive" --zone="$zone" --worker=all
-  everywhere "mkdir -p beitv2_jax && tar xzf $archive -C beitv2_jax && cd beitv2_jax && python3 -m venv .venv && .venv/bin/pip install -q -c requirements.lock -e '.[tpu]'"
-}
+
 start() {
-  [ $# -gt 0 ] || { echo 'error: give the training arguments after --' >&2; exit 2; }
-  case " $*" in *' --workdir='*) ;; *) echo 'error: give --workdir=DIR, which all hosts mount, among the training arguments' >&2; exit 2 ;; esac
-  local args
-  args=$(printf ' %q' "$@")
-  everywhere "cd beitv2_jax && nohup .venv/bin/python -m beitv2_jax.main --distributed$args > train.log 2>&1 < /dev/null &"
+  local workdir='' arg code boot
+  for arg in "$@"; do case "$arg" in --workdir=gs://?*) workdir=${arg#--workdir=} ;; esac; done
+  [ -n "$workdir" ] || fail 'give --workdir=gs://BUCKET/RUN among the training arguments after --'
+  for arg in machine topology hosts image; do [ -n "${!arg}" ] || fail "$command needs --$arg"; done
+  code=${workdir%/}.code.tgz boot=$(mktemp)
+  boot_script "$code" "$@" > "$boot"
+  if [ -n "$dry" ]; then sed 's/^/  | /' "$boot"; fi
+  run git archive --format=tar.gz -o "$boot.tgz" HEAD
+  run gcloud storage cp "$boot.tgz" "$code"
+  run gcloud compute resource-policies create workload-policy "$name" --region="$region" --type=HIGH_THROUGHPUT --accelerator-topology="$topology"
+  run gcloud compute instance-templates create "$name" --machine-type="$machine" --maintenance-policy=TERMINATE \
+    --image-family="${image%/*}" --image-project="${image#*/}" --scopes=cloud-platform --metadata-from-file=startup-script="$boot" \
+    ${spot:+--provisioning-model=SPOT} ${spot:+--instance-termination-action=STOP}
+  create
 }
-delete() { run gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet; }
+create() { group create --size="$hosts" --template="$name" --workload-policy="projects/$(project)/regions/$region/resourcePolicies/$name"; }
+project() { if [ -n "$dry" ]; then echo PROJECT; else gcloud config get-value project 2>/dev/null; fi; }
+
+watch() {
+  [ -z "$dry" ] || { echo "every $every s: if fewer than $hosts hosts of $name are RUNNING that once were,"; group delete --quiet; create; return; }
+  local were=0 are
+  while true; do
+    are=$(running | grep -c RUNNING || true)
+    if [ "$are" -lt "$were" ]; then
+      echo "$(date): $are of $hosts hosts are left; making the slice anew"
+      group delete --quiet
+      until create; do sleep "$every"; done
+      are=0
+    fi
+    were=$are
+    sleep "$every"
+  done
+}
 
 case "$command" in
-  create) create ;;
-  install) ready; install ;;
   start) start "$@" ;;
-  log) run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=0 --command='tail -n 50 -F beitv2_jax/train.log' ;;
-  resume) delete; create; ready; install; start "$@" ;;
-  delete) delete ;;
-  *) usage ;;
+  watch) start "$@"; watch ;;
+  log) on "$(hosts_now | head -n 1)" 'tail -n 50 -F /var/log/beitv2_jax.log' ;;
+  stop) for host in $(hosts_now); do on "$host" "sudo pkill -TERM -f '[b]eitv2_jax.main' || true"; done ;;
+  delete)
+    group delete --quiet
+    run gcloud compute instance-templates delete "$name" --quiet
+    run gcloud compute resource-policies delete "$name" --region="$region" --quiet ;;
 esac

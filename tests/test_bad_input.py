@@ -37,5 +37,5 @@ def test_bad_input_is_one_line(tmp_path):
 def test_missing_workdir_is_one_line():
   done = run_main('--config=configs/vqkd_b16.py:smoke')
   assert done.returncode == 2 and done.stderr.startswith('error: give --workdir=DIR')
-  done = run_main('--config=configs/vqkd_b16.py:smoke', '--workdir=gs://bucket/run')
-  assert done.returncode == 2 and done.stderr.startswith('error: --workdir=gs://bucket/run: give a directory')
+  done = run_main('--config=configs/vqkd_b16.py:smoke', '--workdir=s3://bucket/run')
+  assert done.returncode == 2 and done.stderr.startswith('error: s3://bucket/run: give a directory')

@@ -25,28 +25,58 @@ def test_slurm():
   assert dry('launch/slurm.sh', '--dry-run').returncode == 2
 
 
-@pytest.mark.parametrize('command', ['create', 'install', 'start', 'log', 'resume', 'delete'])
+TPU = ['--dry-run', '--name', 'b16', '--zone', 'us-east5-b']
+SLICE = ['--machine', 'ct6e-standard-4t', '--topology', '4x4', '--hosts', '4', '--image', 'family/project', '--spot']
+BUCKET = [*TRAIN[:2], '--workdir=gs://bucket/a run', TRAIN[3]]
+
+
+@pytest.mark.parametrize('command', ['start', 'watch', 'log', 'stop', 'delete'])
 def test_tpu_vm(command):
-  where = ['--dry-run', '--name', 'b16', '--zone', 'z', '--type', 'v5litepod-16', '--version', 'v2', '--spot']
-  out = dry('launch/tpu_vm.sh', command, *where, *(TRAIN if command in ('start', 'resume') else []))
+  out = dry('launch/tpu_vm.sh', command, *TPU, *((*SLICE, *BUCKET) if command in ('start', 'watch') else ()))
   assert out.returncode == 0, out.stderr
-  lines = out.stdout.splitlines()
-  assert all('b16' in line for line in lines if line.startswith('gcloud'))
-  if command == 'resume':
-    verbs = ' '.join(line for line in lines)
-    assert [verbs.index(v) for v in ('delete', 'create', 'wait until', 'scp', 'beitv2_jax.main')] == sorted(
-      verbs.index(v) for v in ('delete', 'create', 'wait until', 'scp', 'beitv2_jax.main')
-    )
-    assert '--spot' in lines[1]
-  if command in ('start', 'resume'):
-    assert '--worker=all' in lines[-1] and '--distributed' in lines[-1]
+  lines = [line for line in out.stdout.splitlines() if line.startswith('gcloud')]
+  assert lines and all('b16' in line or 'storage cp' in line for line in lines)
+  if command == 'delete':
+    assert [line.split()[2] for line in lines] == ['instance-groups', 'instance-templates', 'resource-policies']
+  if command in ('start', 'watch'):
+    assert [line.split()[1:4:2] for line in lines[:4]] == [
+      ['storage', lines[0].split()[3]], ['compute', 'create'], ['compute', 'create'], ['compute', 'managed'],
+    ]  # fmt: skip
+    assert '--accelerator-topology=4x4' in lines[1] and '--region=us-east5 ' in lines[1]
+    assert '--provisioning-model=SPOT' in lines[2] and '--machine-type=ct6e-standard-4t' in lines[2]
+    assert '--size=4' in lines[3] and '--workload-policy=projects/PROJECT/regions/us-east5/resourcePolicies/b16' in lines[3]
+  if command == 'watch':  # a slice that was taken away is made again, and its hosts go on by themselves
+    assert 'delete' in lines[4] and lines[5] == lines[3]
+
+
+def test_a_tpu_host_trains_when_it_comes_up(tmp_path):
+  """The script of a host, run with a python that fails once: it installs once, starts again, and gives up for bad input."""
+  out = dry('launch/tpu_vm.sh', 'start', *TPU, *SLICE, *BUCKET).stdout
+  script = '\n'.join(line[4:] for line in out.splitlines() if line.startswith('  | '))
+  script = script.replace('/var/log/', f'{tmp_path}/').replace('/opt/', f'{tmp_path}/').replace('sleep 10', 'true')
+  tools = tmp_path / 'tools'
+  tools.mkdir()
+  for name, body in {
+    'gcloud': 'touch "${@: -1}"',
+    'tar': 'true',
+    'python3': 'mkdir -p .venv/bin; cp "$TOOLS/pip" .venv/bin/pip; cp "$TOOLS/train" .venv/bin/python',
+    'pip': 'echo installed',
+    'train': 'printf "%s\\n" "$@"; [ -e once ] && exit 2; touch once; exit 75',
+  }.items():
+    (tools / name).write_text('#!/bin/bash\n' + body + '\n')
+    (tools / name).chmod(0o755)
+  done = subprocess.run(['bash', '-c', script], env={'PATH': f'{tools}:/usr/bin:/bin', 'TOOLS': str(tools)}, timeout=60)
+  log = (tmp_path / 'beitv2_jax.log').read_text()
+  assert done.returncode == 2 and log.count('installed') == 1 and log.count('--distributed') == 2, log
+  assert 'ended with 75' in log and '--workdir=gs://bucket/a run' in log.splitlines()
 
 
 def test_tpu_vm_errors():
   assert dry('launch/tpu_vm.sh').returncode == 2
   assert 'give --name and --zone' in dry('launch/tpu_vm.sh', 'start', '--name', 'x').stderr
-  assert 'create needs --type' in dry('launch/tpu_vm.sh', 'create', '--name', 'x', '--zone', 'z').stderr
-  assert 'unknown option --nme' in dry('launch/tpu_vm.sh', 'create', '--nme', 'x').stderr
+  assert 'start needs --hosts' in dry('launch/tpu_vm.sh', 'start', *TPU, *SLICE[:4], *BUCKET).stderr
+  assert 'give --workdir=gs://' in dry('launch/tpu_vm.sh', 'start', *TPU, *SLICE, *TRAIN).stderr
+  assert 'unknown option --nme' in dry('launch/tpu_vm.sh', 'start', '--nme', 'x').stderr
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from tests.conftest import ROOT
 FLOORS = [
   ('errors',),
   ('settings',),
+  ('storage',),
   ('config', 'progress', 'tensor_files'),
   ('data', 'kernels', 'recipes', 'configs'),
   ('models',),

@@ -16,11 +16,11 @@ None for unlabelled images; `name(i)` names a record in messages. A source is wr
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from beitv2_jax import storage
 from beitv2_jax.data import scenes
 from beitv2_jax.data.folders import Folder
 from beitv2_jax.data.listing import SPLITS, split_indices
@@ -118,11 +118,9 @@ class Tfds:
     import tensorflow_datasets as tfds
 
     how = 'Prepare it (for ImageNet: python -m beitv2_jax prepare imagenet2012 --from DIR --out DIR) and name the directory with --config.data.dir=DIR.'
-    folders = [
-      f
-      for base in (where, os.path.join(data_dir, where))
-      for f in (Path(base).expanduser(), *sorted(Path(base).expanduser().glob('*.*.*')))
-    ]
+    bases = [storage.place(where)] if '://' in where else [storage.place(base) for base in (where, os.path.join(data_dir, where))]
+    with storage.reaching(where):
+      folders = [f for base in bases for f in (base, *sorted(base.glob('*.*.*')))]
     prepared = [str(f) for f in folders if (f / 'dataset_info.json').is_file()]
     try:
       if prepared:  # the newest version

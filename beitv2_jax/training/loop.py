@@ -22,8 +22,9 @@ from beitv2_jax import storage, tasks
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.kernels import attention, chip, functions
-from beitv2_jax.training import evaluate, optim, sharding
+from beitv2_jax.training import evaluate, events, optim, sharding
 from beitv2_jax.training.checkpoint import Checkpoints
+from beitv2_jax.training.events import Events
 from beitv2_jax.training.interruptions import Interrupted, Signals
 from beitv2_jax.training.lock import Lock
 from beitv2_jax.training.metrics import Metrics
@@ -129,10 +130,12 @@ def begin(setup: Setup) -> 'Training':
   with writing(workdir, checkpoints):
     output = storage.Mirror(workdir)
     output.bring('metrics.jsonl')
+    output.bring(events.NAME)
     metrics = Metrics(output.folder, start, setup.steps, workdir.name)
     describe(setup, metrics, start, notes)
+    history = Events(output.folder, start, setup.steps, devices=setup.mesh.size, processes=jax.process_count())
   check_kernels(config, metrics)
-  return Training(setup, state, start, checkpoints, metrics, output)
+  return Training(setup, state, start, checkpoints, metrics, output, history)
 
 
 def config_changes(workdir: Any, config: Any) -> list[str]:
@@ -193,10 +196,13 @@ def check_kernels(config: Any, metrics: Metrics) -> None:
 class Training:
   """A run under way: its state, the batches to come, and what is still to be reported."""
 
-  def __init__(self, setup: Setup, state: TrainState, start: int, checkpoints: Checkpoints, metrics: Metrics, output: storage.Mirror):
+  def __init__(
+    self, setup: Setup, state: TrainState, start: int, checkpoints: Checkpoints, metrics: Metrics, output: storage.Mirror, history: Events
+  ):
     config, mesh, layout = setup.config, setup.mesh, setup.layout
     self.setup, self.state, self.start, self.step = setup, state, start, start
     self.checkpoints, self.metrics, self.output = checkpoints, metrics, output
+    self.events = history
     self.frozen = sharding.put_replicated(setup.frozen, mesh)
     self.signals = Signals()
     self.profile = Profile(output.folder / 'profile', config.profile_steps if jax.process_index() == 0 else 0)
@@ -249,6 +255,8 @@ class Training:
     if jax.process_index() == 0:
       with writing(self.setup.workdir, self.checkpoints):
         self.setup.task.finish(variables['params'], self.output.folder)
+        self.events.note('finished', self.step)
+        self.metrics.say(events.summary(self.output.folder))
         self.output.send()
     return results
 
@@ -269,6 +277,7 @@ class Training:
     if self.saved != self.step:
       with writing(self.setup.workdir, self.checkpoints):
         self.metrics.keep()
+        self.events.note('saved', self.step)
         self.output.send()
         self.checkpoints.save(self.step, *self.state.split())
       self.saved = self.step
@@ -276,6 +285,8 @@ class Training:
   def stop(self) -> None:
     self.save()
     self.checkpoints.wait()
+    with writing(self.setup.workdir, self.checkpoints):
+      self.events.note('stopped', self.step)
     raise Interrupted(128 + self.signals.received)
 
   def first_batch(self) -> dict[str, jax.Array]:
@@ -321,6 +332,8 @@ class Training:
         'the images near that step.'
       )
     self.metrics.progress(step, values['loss'])
+    with writing(self.setup.workdir, self.checkpoints):
+      self.events.stepped(step, waited)
     if step % self.setup.config.log_every == 0 or step == self.setup.steps:
       self._log(step, values, waited)
 
@@ -347,8 +360,11 @@ class Training:
     rows = pipeline.eval_batches(setup.sources['eval'], setup.transforms['eval'], batch=batch, **self._share())
     model_state = {k: v for k, v in variables.items() if k != 'params'}
     arguments = (variables['params'], model_state, self.frozen)
-    results = evaluate.run(setup.task, self.eval_step, arguments, self.until_asked_to_stop(rows), setup.mesh)
+    with self.events.evaluating():
+      results = evaluate.run(setup.task, self.eval_step, arguments, self.until_asked_to_stop(rows), setup.mesh)
     self.write(self.step, 'eval', results)
+    with writing(setup.workdir, self.checkpoints):
+      self.output.send()
     return results
 
   def until_asked_to_stop(self, rows: Iterable[dict]) -> Iterator[dict]:

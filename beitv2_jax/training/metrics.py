@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore
 from tensorboardX.summary import scalar
 from tqdm import tqdm
+
+from beitv2_jax import storage
 
 
 class Metrics:
@@ -114,7 +117,7 @@ class Board:
         self.events.close()
 
 
-def _rows(path: Path) -> list[dict]:
+def _rows(path: Any) -> list[dict]:
   """The lines of a metrics file that are whole."""
   rows = []
   for line in path.read_bytes().splitlines() if path.exists() else ():
@@ -131,4 +134,4 @@ def _values(row: dict) -> dict[str, float]:
 
 def read(workdir: str | Path, kind: str = 'train') -> list[dict]:
   """The lines of one kind in a workdir's metrics.jsonl."""
-  return [row for row in _rows(Path(workdir) / 'metrics.jsonl') if row['kind'] == kind]
+  return [row for row in _rows(storage.place(workdir) / 'metrics.jsonl') if row['kind'] == kind]

@@ -21,15 +21,18 @@ LIMIT = 60.0  # seconds for one thing that is done to the code; attacks on proce
 MEMORY_LIMIT = 4 * 2**30
 # Share of the time, and how often LIMIT an attack may take.
 SHARES = dict(
-  settings=(2.0, 1),
-  damages=(1.5, 1),
-  weights=(1.0, 1),
-  images=(0.5, 1),
+  settings=(2.5, 1),
+  damages=(2.0, 1),
+  weights=(0.6, 1),
+  images=(0.7, 1),
   lists=(0.3, 1),
   kills=(1.5, 4),
   signals=(1.5, 4),
-  disks=(1.2, 4),
-  topologies=(0.5, 6),
+  disks=(0.8, 4),
+  topologies=(0.3, 6),
+  workers=(0.5, 3),
+  peers=(0.7, 6),
+  buckets=(0.7, 6),
 )
 ROUND = 120.0  # seconds of one worker
 

@@ -1,9 +1,12 @@
 """The kinds of attack. Each is made once in a folder of its own, and then called with a generator of random numbers: one attack a call."""
 
+import atexit
+import contextlib
 import io
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,11 +18,14 @@ import numpy as np
 from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 from PIL import Image
 
+from beitv2_jax import storage
+from beitv2_jax.commands import prepare
 from beitv2_jax.data import decode, sources, transforms
 from beitv2_jax.models import from_config
 from beitv2_jax.training import loop, metrics
 from beitv2_jax.weights import convert, official, stages, trees
 from benchmarks.campaign import damages, outcomes, settings, weights
+from benchmarks.campaign.zygote import Run, Zygote
 
 ROOT = Path(__file__).parents[2]
 RECIPES = dict(tokenizer=vqkd_b16, pretrain=beitv2_b16, classifier=finetune_b16, segmenter=ade20k_b16)
@@ -33,7 +39,7 @@ def recipe(task: str, **changes: Any) -> Any:
   return config
 
 
-def arrays(workdir: Path) -> dict[str, np.ndarray]:
+def arrays(workdir: Any) -> dict[str, np.ndarray]:
   return trees.flatten(stages.load_variables(workdir)[1])
 
 
@@ -194,17 +200,20 @@ class Lists:
     rows = [dict(bytes=(self.folder / path).read_bytes(), path=path) for path, _ in files]
     table = pyarrow.table({'image': rows, 'label': [int(label == 'dog') for _, label in files]})
     parquet.write_table(table, self.folder / 'all.parquet', row_group_size=3)
+    assert prepare.main([f'folder:{self.folder}', '--out', str(self.folder / 'shards'), '--workers', '1']) == 0
 
   def __call__(self, rng: np.random.Generator) -> tuple[str, str]:
     copy = self.folder.parent / 'copy'
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(self.folder, copy)
-    kind = str(rng.choice(['list.txt', 'list.csv', 'all.parquet', 'folder']))
-    if kind == 'folder':
-      what = damages.damage(copy / 'train', rng)
+    kind = str(rng.choice(['list.txt', 'list.csv', 'all.parquet', 'folder', 'shards']))
+    if kind in ('folder', 'shards'):
+      what = damages.damage(copy / {'folder': 'train'}.get(kind, kind), rng)
     else:
       what = damages.WAYS[rng.integers(len(damages.WAYS))](copy / kind, rng)
-    spec = {'folder': f'folder:{copy}', 'all.parquet': f'parquet:{copy}/all.parquet'}.get(kind, f'list:{copy}/{kind}')
+    spec = {'folder': f'folder:{copy}', 'shards': f'tfds:{copy}/shards/images', 'all.parquet': f'parquet:{copy}/all.parquet'}.get(
+      kind, f'list:{copy}/{kind}'
+    )
     outcome, said = outcomes.of(lambda: self._read(spec))
     return outcome, f'{kind}, {what}: {said}'
 
@@ -230,30 +239,21 @@ class Processes:
     '--config.log_every=1',
   )
 
-  def __init__(self, folder: Path):
-    self.folder = folder
+  def __init__(self, folder: Path, **environment: str):
+    self.folder, self.zygote = folder, Zygote(**environment)
     code, text = self.run(folder / 'good')
     assert code == 0, text
     self.good = arrays(folder / 'good')
 
-  def start(self, workdir: Path, *more: str) -> subprocess.Popen:
-    command = [
-      sys.executable,
-      '-m',
-      'beitv2_jax.main',
-      '--config=configs/beitv2_b16.py:smoke',
-      f'--workdir={workdir}',
-      *self.ARGUMENTS,
-      *more,
-    ]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+  def start(self, workdir: Any, *more: str) -> Run:
+    return self.zygote.start(['--config=configs/beitv2_b16.py:smoke', f'--workdir={workdir}', *self.ARGUMENTS, *more])
 
-  def run(self, workdir: Path, *more: str, timeout: float = 60) -> tuple[int | None, str]:
+  def run(self, workdir: Any, *more: str, timeout: float = 60) -> tuple[int | None, str]:
     """(exit code, or None if it did not end in time, what it printed)."""
     return self.finish(self.start(workdir, *more), timeout)
 
   @staticmethod
-  def finish(process: subprocess.Popen, timeout: float = 60) -> tuple[int | None, str]:
+  def finish(process: Run, timeout: float = 60) -> tuple[int | None, str]:
     try:
       text, _ = process.communicate(timeout=timeout)
       return process.returncode, text
@@ -261,7 +261,7 @@ class Processes:
       os.killpg(process.pid, signal.SIGKILL)
       return None, process.communicate()[0]
 
-  def problem(self, workdir: Path) -> str:
+  def problem(self, workdir: Any) -> str:
     steps = [row['step'] for row in metrics.read(workdir)]
     if steps != list(range(1, 41)):
       return f'steps in the metrics: {steps}'
@@ -275,10 +275,10 @@ class Processes:
 
 
 class Kills(Processes):
-  """SIGKILL at three random moments, then to the end."""
+  """SIGKILL at six random moments, then to the end."""
 
   def __call__(self, rng: np.random.Generator) -> tuple[str, str]:
-    workdir, moments = self.fresh(), rng.uniform(0, 9, 3).round(2)
+    workdir, moments = self.fresh(), rng.uniform(0, 4, 6).round(2)
     for moment in moments:
       process = self.start(workdir)
       time.sleep(moment)
@@ -292,7 +292,7 @@ class Signals(Processes):
   """SIGTERM or SIGINT, once or twice, then to the end."""
 
   def __call__(self, rng: np.random.Generator) -> tuple[str, str]:
-    workdir, number, moment = self.fresh(), int(rng.choice([signal.SIGTERM, signal.SIGINT])), round(float(rng.uniform(0, 9)), 2)
+    workdir, number, moment = self.fresh(), int(rng.choice([signal.SIGTERM, signal.SIGINT])), round(float(rng.uniform(0, 4)), 2)
     process = self.start(workdir)
     time.sleep(moment)
     process.send_signal(number)
@@ -304,7 +304,7 @@ class Signals(Processes):
     what = f'signal {number} after {moment} s{", twice" * twice}'
     if code is None:
       return outcomes.HANG, what
-    if 'Traceback (most recent call last)' in text and moment > 2.5:  # before that Python itself is still starting
+    if 'Traceback (most recent call last)' in text:
       return outcomes.TRACEBACK, f'{what}: {text[-400:]}'
     outcome, said = outcomes.of_process(*self.run(workdir), lambda: self.problem(workdir))
     return (outcome if outcome != outcomes.SAID else outcomes.WRONG), f'{what}: {said}'
@@ -325,10 +325,12 @@ class Disks(Processes):
     size = int(rng.integers(16, 1600))
     self._mount(f'-t tmpfs -o size={size}k')
     try:
+      if rng.random() < 0.2:
+        self._mount(f'-o remount,ro,size={size}k')
       code, text = self.run(self.disk / 'run')
       outcome, said = outcomes.of_process(code, text, lambda: self.problem(self.disk / 'run'))
       if outcome == outcomes.SAID:
-        self._mount('-o remount,size=50m')
+        self._mount('-o remount,rw,size=50m')
         outcome, then = outcomes.of_process(*self.run(self.disk / 'run'), lambda: self.problem(self.disk / 'run'))
         said = f'{said} THEN {then}'
         outcome = outcome if outcome != outcomes.SAID else outcomes.WRONG
@@ -371,6 +373,105 @@ class Topologies(Processes):
     return f'losses are off by {worst:.1e}' if worst > 5e-3 else ''
 
 
+class Workers(Processes):
+  """SIGKILL of a decoding process, or of the main one, whose decoding processes must end with it; then to the end."""
+
+  def __call__(self, rng: np.random.Generator) -> tuple[str, str]:
+    workdir, moment, main_one = self.fresh(), round(float(rng.uniform(0, 3)), 2), rng.random() < 0.5
+    process = self.start(workdir, '--config.data.workers=2')
+    until = time.monotonic() + 30
+    while not (found := _children(process.pid)) and process.poll() is None and time.monotonic() < until:
+      time.sleep(0.02)
+    time.sleep(moment)
+    for pid in [process.pid] if main_one else found[:1]:
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    code, text = self.finish(process)
+    what = f'{"the main process" if main_one else "a decoding process"} after {moment} s'
+    if not main_one and (code is None or 'Traceback' in text):
+      return outcomes.of_process(code, text, lambda: '')[0], f'{what}: {text[-400:]}'
+    until = time.monotonic() + 10
+    while any(_alive(pid) for pid in found):
+      if time.monotonic() > until:
+        return outcomes.WRONG, f'{what}: decoding processes are left'
+      time.sleep(0.1)
+    outcome, said = outcomes.of_process(*self.run(workdir), lambda: self.problem(workdir))
+    return (outcome if outcome != outcomes.SAID else outcomes.WRONG), f'{what}: {said}'
+
+
+def _children(pid: int) -> list[int]:
+  with contextlib.suppress(OSError):
+    return [int(p) for task in Path(f'/proc/{pid}/task').iterdir() for p in (task / 'children').read_text().split()]
+  return []
+
+
+def _alive(pid: int) -> bool:
+  with contextlib.suppress(OSError):
+    return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+  return False
+
+
+class Peers(Processes):
+  """Two processes, one of which is killed or gets a SIGTERM; both must end, and then go on to the end."""
+
+  def __call__(self, rng: np.random.Generator) -> tuple[str, str]:
+    workdir, victim, kill, moment = self.fresh(), int(rng.integers(2)), rng.random() < 0.5, round(float(rng.uniform(0, 6)), 2)
+    runs = self.both(workdir)
+    time.sleep(moment)
+    runs[victim].send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+    ends = [self.finish(run, 110) for run in runs]
+    what = f'{"SIGKILL" if kill else "SIGTERM"} to process {victim} after {moment} s'
+    for index, (code, text) in enumerate(ends):
+      if code is None:
+        return outcomes.HANG, f'{what}: process {index}: {text[-300:]}'
+      if 'Traceback (most recent call last)' in text:
+        return outcomes.TRACEBACK, f'{what}: process {index}: {text[-600:]}'
+    ends = [self.finish(run, 110) for run in self.both(workdir)]
+    for code, text in ends:
+      if code != 0:
+        return outcomes.WRONG if code is not None else outcomes.HANG, f'{what}: then {code}: {text[-300:]}'
+    steps = [row['step'] for row in metrics.read(workdir)]
+    return (outcomes.GOOD if steps == list(range(1, 41)) else outcomes.WRONG), f'{what}: {"" if len(steps) == 40 else steps}'
+
+  def both(self, workdir: Path) -> list[Run]:
+    with socket.socket() as s:
+      s.bind(('localhost', 0))
+      port = s.getsockname()[1]
+    return [self.start(workdir, f'--coordinator=localhost:{port}', '--processes=2', f'--process={i}') for i in (0, 1)]
+
+
+class Buckets(Processes):
+  """A bucket server of this machine that refuses three in a hundred requests; SIGKILL at two random moments, then to the end."""
+
+  def __init__(self, folder: Path):
+    command = [sys.executable, str(ROOT / 'tests' / 'bucket_server.py'), '--trouble', '0.03']
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    atexit.register(server.kill)
+    assert server.stdout
+    address = f'http://127.0.0.1:{server.stdout.readline().strip()}'
+    os.environ.update(
+      TENSORSTORE_GCS_HTTP_URL=address, GOOGLE_AUTH_TOKEN_FOR_TESTING='x', STORAGE_EMULATOR_HOST=address, FSSPEC_GCS_TOKEN='anon',
+      GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT='false',
+    )  # fmt: skip
+    super().__init__(folder)
+    self.count = 0
+
+  def __call__(self, rng: np.random.Generator) -> tuple[str, str]:
+    self.count += 1
+    workdir, moments = f'gs://runs/{self.folder.name}{self.count}', rng.uniform(0, 12, 2).round(2)
+    for moment in moments:
+      process = self.start(workdir, *self.FEWER)
+      time.sleep(moment)
+      os.killpg(process.pid, signal.SIGKILL)
+      process.communicate()
+    outcome, said = outcomes.of_process(*self.run(workdir, *self.FEWER, timeout=200), lambda: self.problem(storage.place(workdir)))
+    storage.remove_tree(storage.place(workdir))
+    return (outcome if outcome != outcomes.SAID else outcomes.WRONG), f'after {moments} s: {said}'
+
+  FEWER = ('--config.checkpoint.every=20',)  # a save takes seconds where requests are refused
+
+
 KINDS = dict(
-  settings=Settings, damages=Damages, weights=Weights, images=Images, lists=Lists, kills=Kills, signals=Signals, disks=Disks, topologies=Topologies
+  settings=Settings, damages=Damages, weights=Weights, images=Images, lists=Lists, kills=Kills, signals=Signals, disks=Disks, topologies=Topologies,
+  workers=Workers, peers=Peers, buckets=Buckets,
 )  # fmt: skip
