@@ -400,8 +400,10 @@ class Workers(Processes):
 
 
 def _children(pid: int) -> list[int]:
+  """The decoding processes of a run; not Python's own tracker of shared memory."""
   with contextlib.suppress(OSError):
-    return [int(p) for task in Path(f'/proc/{pid}/task').iterdir() for p in (task / 'children').read_text().split()]
+    children = [int(p) for task in Path(f'/proc/{pid}/task').iterdir() for p in (task / 'children').read_text().split()]
+    return [p for p in children if b'spawn_main' in Path(f'/proc/{p}/cmdline').read_bytes()]
   return []
 
 
