@@ -178,3 +178,19 @@ def test_smaller_images_without_labels(folder, tmp_path):
   assert commands.run('prepare', [f'folder:{folder}/dog', '--out', str(tmp_path), '--short-side', '64', '--workers', '1']) == 0
   source = sources.make('tfds:images', 'train', data_dir=str(tmp_path))
   assert source.classes is None and len(source) == 9
+
+
+def test_damaged_shards_are_a_line_or_counted_and_labels_have_names(tmp_path):
+  made = tmp_path / 'images' / '1.0.0'
+  assert commands.run('prepare', ['fake:64', '--out', str(tmp_path), '--workers', '1']) == 0
+  shard = next(made.glob('images-train.array_record-*-of-00001'))
+  whole = shard.read_bytes()
+  for damaged in (whole[:100], b'x' * 1000):
+    shard.write_bytes(damaged)
+    with pytest.raises(UserError, match='train shards of images .* do not open'):
+      sources.make('tfds:images', 'train', str(tmp_path))
+  shard.write_bytes(whole)
+  (made / 'label.labels.txt').write_text('only\n')
+  source = sources.make('tfds:images', 'train', str(tmp_path))
+  with pytest.raises(UserError, match='names 1 classes'):
+    [source[i] for i in range(64)]

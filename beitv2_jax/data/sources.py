@@ -137,7 +137,14 @@ class Tfds:
     if found is None:
       have = f'it has the splits {", ".join(builder.info.splits)}' if builder.info.splits else 'nothing is prepared there'
       raise UserError(f'no {split} split of {where} in {builder.data_dir}: {have}. {how}')
-    self.source: Any = builder.as_data_source(split=found, decoders={'image': tfds.decode.SkipDecoding()})  # ty: ignore[missing-argument]
+    try:
+      self.source: Any = builder.as_data_source(split=found, decoders={'image': tfds.decode.SkipDecoding()})  # ty: ignore[missing-argument]
+      len(self.source)  # opens the shards
+    except Exception as e:  # shards that are missing or cut, metadata that name others
+      reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+      raise UserError(
+        f'the {found} shards of {where} in {builder.data_dir} do not open: {reason}. Bring them back, or prepare them again.'
+      ) from e
     self.keys = [k for k in ('image', 'label') if k in builder.info.features]
     self.classes = list(builder.info.features['label'].names) if 'label' in self.keys else None
     self.where = f'{where} {found}'
@@ -146,7 +153,14 @@ class Tfds:
     return len(self.source)
 
   def __getitem__(self, i: int) -> dict:
-    record = self.source[i]
+    try:
+      record = self.source[i]
+    except Exception as e:  # array_record and tfds raise their own types for a damaged record, which is left out like a damaged image
+      raise ValueError(f'{type(e).__name__}: {e}') from e
+    if self.classes is not None and not 0 <= record['label'] < len(self.classes):
+      raise UserError(
+        f'{self.name(i)} has label {record["label"]}, and label.labels.txt beside the shards names {len(self.classes)} classes.'
+      )
     return {k: record[k] for k in self.keys}
 
   def name(self, i: int) -> str:

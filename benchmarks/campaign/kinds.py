@@ -223,8 +223,9 @@ class Lists:
       decoded = decode.Decoded(sources.make(spec, split, holdout=0.5))
       for i in range(len(decoded)):
         record = decoded[i]
-        if record['image'].shape != (9, 9, 3) or not 0 <= record['label'] < len(decoded.source.classes):
-          return f'{record["image"].shape} with label {record["label"]}'
+        label, classes = record.get('label', 0), decoded.source.classes or ['']
+        if record['image'].shape != (9, 9, 3) or not 0 <= label < len(classes):
+          return f'{record["image"].shape} with label {label}'
     return ''
 
 
