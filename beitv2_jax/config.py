@@ -252,9 +252,9 @@ def load(workdir: str | Path, what: str = 'a workdir of a finished stage') -> Co
   with storage.reaching(path):
     if not path.exists() or path.is_dir():
       raise UserError(f'no config.json in {path.parent}: expected {what}.')
-    text = path.read_text()
+    content = path.read_bytes()
   try:
-    config = ConfigDict(json.loads(text))
+    config = ConfigDict(json.loads(content))
   except ValueError as e:
     raise UserError(f'{path} is damaged ({e}).') from e
   if 'task' not in config:

@@ -189,6 +189,9 @@ def test_damaged_shards_are_a_line_or_counted_and_labels_have_names(tmp_path):
     shard.write_bytes(damaged)
     with pytest.raises(UserError, match='train shards of images .* do not open'):
       sources.make('tfds:images', 'train', str(tmp_path))
+  shard.unlink()
+  with pytest.raises(UserError, match='do not open: 1 are missing'):
+    sources.make('tfds:images', 'train', str(tmp_path))
   shard.write_bytes(whole)
   (made / 'label.labels.txt').write_text('only\n')
   source = sources.make('tfds:images', 'train', str(tmp_path))

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import multiprocessing
 import os
 import threading
 import time
@@ -150,10 +151,12 @@ class Decoded:
 @functools.cache
 def _end_with_parent() -> None:
   """A decoding process whose training was killed would wait for ever for somebody to take its batches."""
-  parent = os.getppid()
+  parent = multiprocessing.parent_process()
+  if parent is None:  # in training itself
+    return
 
   def watch():
-    while os.getppid() == parent:
+    while os.getppid() == parent.pid:  # as it was told, for it may be gone already
       time.sleep(1)
     os._exit(1)
 

@@ -139,7 +139,11 @@ class Tfds:
       raise UserError(f'no {split} split of {where} in {builder.data_dir}: {have}. {how}')
     try:
       self.source: Any = builder.as_data_source(split=found, decoders={'image': tfds.decode.SkipDecoding()})  # ty: ignore[missing-argument]
-      len(self.source)  # opens the shards
+      files = builder.info.splits[found].filepaths
+      missing = sorted({f.name for f in files} - {f.name for f in files[0].parent.iterdir()})
+      if missing:
+        raise FileNotFoundError(f'{len(missing)} are missing, such as {missing[0]}')
+      self.source[0]  # opens the first
     except Exception as e:  # shards that are missing or cut, metadata that name others
       reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
       raise UserError(
