@@ -7,13 +7,13 @@
 #   launch/kubernetes.sh delete --name b16
 #   launch/kubernetes.sh --dry-run ...            print the manifest, or the command
 #
-# IMAGE holds this repository at /beitv2_jax with its environment in .venv (launch/Dockerfile makes it). The volume claim PVC, which
-# all pods can write, is mounted at /data: workdir and data go there. Evicted or failed pods restart the set, up to --restarts times
-# (100), and the run goes on from its last checkpoint.
+# IMAGE holds this repository at /beitv2_jax with its environment in .venv (launch/Dockerfile makes it). The workdir is gs://BUCKET/RUN, or
+# lies under /data, where the volume claim PVC is mounted, which all pods can write. Evicted or failed pods restart the set, up to
+# --restarts times (100), and the run goes on from its last checkpoint; --spot takes machines that can be taken away.
 set -euo pipefail
 
 usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-command='' name='' image='' tpu='' topology='' hosts=1 chips=4 gpus=0 claim='' restarts=100 dry=''
+command='' name='' image='' tpu='' topology='' hosts=1 chips=4 gpus=0 claim='' restarts=100 spot='' dry=''
 while [ $# -gt 0 ]; do
   case "$1" in
     start|log|delete) command=$1; shift ;;
@@ -26,6 +26,7 @@ while [ $# -gt 0 ]; do
     --gpus) gpus=$2; shift 2 ;;            # a host
     --claim) claim=$2; shift 2 ;;
     --restarts) restarts=$2; shift 2 ;;
+    --spot) spot=1; shift ;;               # machines that can be taken away; the set comes back by itself
     --dry-run) dry=1; shift ;;
     --) shift; break ;;
     *) echo "error: unknown option $1" >&2; usage ;;
@@ -34,12 +35,11 @@ done
 if [ -z "$command" ] || [ -z "$name" ]; then usage; fi
 
 manifest() {
-  local resource selector='' where=''  # selector is YAML at the depth of the pod's spec
+  local resource selector='' where='' mount='' volume=''  # selector is YAML at the depth of the pod's spec
   if [ -n "$tpu" ]; then
     [ -n "$topology" ] || { echo 'error: --tpu needs --topology, such as 8x8' >&2; exit 2; }
     resource="google.com/tpu: $chips"
     selector="
-            nodeSelector:
               cloud.google.com/gke-tpu-accelerator: $tpu
               cloud.google.com/gke-tpu-topology: $topology"
     [ "$hosts" -eq 1 ] || where=' --distributed'
@@ -47,6 +47,20 @@ manifest() {
     [ "$gpus" -gt 0 ] || { echo 'error: give --tpu and --topology, or --gpus' >&2; exit 2; }
     resource="nvidia.com/gpu: $gpus"
     [ "$hosts" -eq 1 ] || where=" --coordinator=$name-hosts-0-0.$name:8476 --processes=$hosts --process=\$JOB_COMPLETION_INDEX"
+  fi
+  [ -z "$spot" ] || selector="$selector
+              cloud.google.com/gke-spot: 'true'"
+  [ -z "$selector" ] || selector="
+            nodeSelector:$selector"
+  [ -z "$spot" ] || selector="$selector
+            tolerations:
+            - {key: cloud.google.com/gke-spot, operator: Equal, value: 'true', effect: NoSchedule}"
+  if [ -n "$claim" ]; then
+    mount='
+              - {name: data, mountPath: /data}'
+    volume="
+            - name: data
+              persistentVolumeClaim: {claimName: $claim}"
   fi
   cat <<END
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -86,12 +100,9 @@ spec:
               resources:
                 limits:
                   $resource
-              volumeMounts:
-              - {name: data, mountPath: /data}
+              volumeMounts:$mount
               - {name: shm, mountPath: /dev/shm}
-            volumes:
-            - name: data
-              persistentVolumeClaim: {claimName: $claim}
+            volumes:$volume
             - name: shm
               emptyDir: {medium: Memory}
 END
@@ -100,9 +111,10 @@ run() { if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
 
 case "$command" in
   start)
-    if [ -z "$image" ] || [ -z "$claim" ]; then echo 'error: start needs --image and --claim' >&2; exit 2; fi
+    [ -n "$image" ] || { echo 'error: start needs --image' >&2; exit 2; }
+    case " $*" in *' --workdir=gs://'*) ;; *) [ -n "$claim" ] || { echo 'error: give --claim for a workdir under /data, or --workdir=gs://BUCKET/RUN' >&2; exit 2; } ;; esac
     [ $# -gt 0 ] || { echo 'error: give the training arguments after --' >&2; exit 2; }
-    case " $*" in *' --workdir='*) ;; *) echo 'error: give --workdir=/data/..., among the training arguments' >&2; exit 2 ;; esac
+    case " $*" in *' --workdir='*) ;; *) echo 'error: give --workdir=/data/... or gs://BUCKET/RUN among the training arguments' >&2; exit 2 ;; esac
     text=$(manifest "$@")
     if [ -n "$dry" ]; then echo "$text"; else kubectl apply -f - <<< "$text"; fi ;;
   log) run kubectl logs -f -l "jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0" --tail=50 ;;

@@ -104,8 +104,18 @@ def test_kubernetes_tpus():
   }  # fmt: skip
   assert pod['containers'][0]['resources']['limits'] == {'google.com/tpu': 4} and '--distributed' in pod['containers'][0]['args'][0]
   assert 'kubectl delete jobset b16' in dry('launch/kubernetes.sh', 'delete', '--dry-run', '--name', 'b16').stdout
-  assert 'needs --image and --claim' in dry('launch/kubernetes.sh', 'start', '--name', 'x', *TRAIN).stderr
+  assert 'needs --image' in dry('launch/kubernetes.sh', 'start', '--name', 'x', *TRAIN).stderr
+  assert 'give --claim' in dry('launch/kubernetes.sh', 'start', *args[:-2], *TRAIN).stderr
   assert 'give --tpu and --topology, or --gpus' in dry('launch/kubernetes.sh', 'start', *args[:4], '--claim', 'c', *TRAIN).stderr
+
+
+def test_kubernetes_spot_machines_and_a_bucket_need_no_claim():
+  args = '--name b16 --image i --tpu tpu-v6e-slice --topology 4x4 --hosts 4 --spot'.split()
+  out = dry('launch/kubernetes.sh', 'start', '--dry-run', *args, *BUCKET)
+  pod = yaml.safe_load(out.stdout)['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']
+  assert pod['nodeSelector']['cloud.google.com/gke-spot'] == 'true' and pod['nodeSelector']['cloud.google.com/gke-tpu-topology'] == '4x4'
+  assert pod['tolerations'][0]['key'] == 'cloud.google.com/gke-spot'
+  assert [v['name'] for v in pod['volumes']] == [v['name'] for v in pod['containers'][0]['volumeMounts']] == ['shm']
 
 
 def test_gpu_host():
