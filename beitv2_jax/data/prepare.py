@@ -9,7 +9,6 @@ the data set imagenet2012_256; that is not what the paper trained on.
 import dataclasses
 import hashlib
 import io
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from beitv2_jax.data import decode, shards, sources, transforms
+from beitv2_jax.data import decode, shards, sources, tars, transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.progress import bar
 
@@ -35,55 +34,12 @@ class Index:
   places: np.ndarray
 
 
-class _Part(io.RawIOBase):
-  """Bytes [start, start + size) of a file, as a file: a tar inside a tar."""
-
-  def __init__(self, file, start: int, size: int):
-    self.file, self.start, self.size, self.at = file, start, size, 0
-
-  def readable(self):
-    return True
-
-  def seekable(self):
-    return True
-
-  def seek(self, offset, whence=0):
-    self.at = offset + {0: 0, 1: self.at, 2: self.size}[whence]
-    return self.at
-
-  def tell(self):
-    return self.at
-
-  def read(self, size=-1):
-    size = min(self.size - self.at, size if size >= 0 else self.size)
-    self.file.seek(self.start + self.at)
-    data = self.file.read(max(size, 0))
-    self.at += len(data)
-    return data
-
-
-def _members(file, name: str) -> list[tarfile.TarInfo]:
-  try:
-    with tarfile.open(fileobj=file, mode='r:') as tar:
-      members = [m for m in tar.getmembers() if m.isfile()]
-      at = tar.offset
-  except tarfile.TarError as e:
-    raise UserError(f'{name} is no tar, or cut off: {e}. Download it again.') from e
-  end = file.seek(0, 2)
-  file.seek(min(at, end))
-  if any(file.read(512)) or at >= end:  # what follows the last member of a whole tar is a block of zeros
-    raise UserError(f'{name} ends at {at:,} bytes without the mark of a whole tar: it is cut off, or damaged there. Download it again.')
-  if members and members[-1].offset_data + members[-1].size > end:
-    raise UserError(f'{name} is cut off after {end:,} bytes. Download it again.')
-  return members
-
-
 def build_index(split: str, path: Path, wnids: list[str], validation_labels: list[str]) -> Index:
   """Reads the headers of a tar (training: of the thousand tars in it)."""
   label = {w: i for i, w in enumerate(wnids)}
   names, places = [], []
   with open(path, 'rb') as file:
-    outer = _members(file, path.name)
+    outer = tars.members(file, path.name)
     if split == 'validation':
       for m in outer:
         stem = Path(m.name).stem
@@ -97,7 +53,7 @@ def build_index(split: str, path: Path, wnids: list[str], validation_labels: lis
         wnid = Path(m.name).stem
         if wnid not in label:
           raise UserError(f'{path.name} holds {m.name}; expected one tar a class, such as {wnids[0]}.tar.')
-        for image in _members(_Part(file, m.offset_data, m.size), m.name):
+        for image in tars.members(tars.Part(file, m.offset_data, m.size), m.name):
           names.append(Path(image.name).name)
           places.append((m.offset_data + image.offset_data, image.size, label[wnid]))
   if not names:

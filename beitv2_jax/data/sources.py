@@ -26,6 +26,7 @@ from beitv2_jax.data.folders import Folder
 from beitv2_jax.data.listing import SPLITS, split_indices
 from beitv2_jax.data.lists import ListFile
 from beitv2_jax.data.parquet import Parquet
+from beitv2_jax.data.tars import Tars
 from beitv2_jax.errors import UserError
 
 
@@ -43,10 +44,11 @@ def make(spec: str, split: str, data_dir: str = '', holdout: float = 0.1) -> Any
     'list': ListFile,
     'parquet': Parquet,
     'scenes': scenes.Scenes,
+    'tars': Tars,
     'tfds': Tfds,
   }
   if kind not in makers or split not in SPLITS:
-    known = 'digits, fake:COUNT, fake-scenes:COUNT, folder:PATH, list:FILE, parquet:PATH, scenes:PATH, tfds:NAME'
+    known = 'digits, fake:COUNT, fake-scenes:COUNT, folder:PATH, list:FILE, parquet:PATH, scenes:PATH, tars:PATH, tfds:NAME'
     raise UserError(f'no data source {spec!r}; use one of {known} (split train or eval).')
   return makers[kind](where, split, data_dir=data_dir, holdout=holdout)
 
