@@ -398,6 +398,8 @@ def test_bench_prints_stages_and_a_verdict():
     'pipeline with threads',
     'H100',
     'cores needed',
+    'Not enough for 8 x TPU v5e (no accelerator here)',
+    '--config.color_jitter_on=device',
   ):
     assert words in run.stdout, words
   run = subprocess.run([*command[:-1], '--config.data.source=folder:/nowhere'], capture_output=True, text=True, timeout=120)

@@ -267,6 +267,6 @@ def test_captions_keep_all_their_words_and_differ():
   source = SimpleNamespace(classes=['big black cat with hat', 'big black cat with bag'])
   task, _ = clip.make(config, source=source)
   assert task.config.model.text_length == 11
-  task.transforms(True, source)
+  task.transforms(task.config, True, source)
   with pytest.raises(UserError, match="'a photo of a cat.' and 'a photo of a Cat.' are the same to the text encoder"):
-    task.transforms(True, SimpleNamespace(classes=['cat', 'Cat']))
+    task.transforms(task.config, True, SimpleNamespace(classes=['cat', 'Cat']))

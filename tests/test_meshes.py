@@ -20,7 +20,7 @@ def global_batches(c, task):
     while True:
       yield dict(image=rng.integers(0, 256, (16, h, w, 3), np.uint8), mask=rng.integers(0, 151, (16, h, w), np.uint8))
   source = sources.make('fake:64', 'train')
-  yield from pipeline.train_batches(source, task.transforms(True, source), seed=0, batch=16, workers=-1)
+  yield from pipeline.train_batches(source, task.transforms(c, True, source), seed=0, batch=16, workers=-1)
 
 
 def some_steps(c, steps=3):

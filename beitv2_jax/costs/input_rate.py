@@ -7,25 +7,17 @@ import math
 import os
 import time
 
+import jax
 import numpy as np
 
 from beitv2_jax import config as config_lib
+from beitv2_jax import tasks
 from beitv2_jax.costs import flops
-from beitv2_jax.data import decode, pipeline, sources, transforms
-from beitv2_jax.data.masking import BlockMask
+from beitv2_jax.data import decode, pipeline, sources
 
 # Peak bf16 TFLOP/s of a chip and chips on a usual host, from the makers' data sheets.
 CHIPS = {'TPU v4': (275, 4), 'TPU v5e': (197, 8), 'TPU v5p': (459, 4), 'TPU v6e': (918, 8), 'A100': (312, 8), 'H100': (989, 8)}
 UTILIZATION = 0.5  # assumed share of peak
-
-
-def host_transforms(config) -> list:
-  """What the config's task does to a record on the host, without opening its teacher or tokenizer."""
-  steps = transforms.image_transforms(config.data, True, config.get('color_jitter', 0.0), config.get('color_jitter_on', '') == 'device')
-  if 'mask' in config:
-    m = config.mask
-    steps.append(BlockMask(config_lib.patch_grid(config), m.count, m.min_block, m.max_block, m.min_aspect))
-  return steps
 
 
 def stages(source, steps: list, count: int, reading: dict) -> dict[str, float]:
@@ -44,6 +36,8 @@ def stages(source, steps: list, count: int, reading: dict) -> dict[str, float]:
     try:
       record = timed('read', source.__getitem__, int(order[i % len(order)]))
       record = record | dict(image=timed('decode', functools.partial(decode.image, **reading), record['image']))
+      if 'mask' in record:
+        record['mask'] = timed('decode', decode.mask, record['mask'])
     except decode.UNDECODABLE:  # training would step over it
       continue
     for step in steps:
@@ -78,7 +72,7 @@ def through_pipeline(source, steps: list, config, count: int) -> tuple[float, fl
 def report(config, count: int) -> str:
   """All of it in words. `count` images are timed."""
   source = sources.make(config.data.source, 'train', config.data.dir, config.data.holdout)
-  steps, workers = host_transforms(config), config.data.workers
+  steps, workers = list(tasks.host_transforms(config, source)), config.data.workers
   spent = stages(source, steps, count, config_lib.reading(config))
   total = sum(spent.values())
   lines = [f'{config.data.source}: {len(source):,} images, {os.cpu_count()} cores', '', 'stage               ms an image   share']
@@ -88,7 +82,43 @@ def report(config, count: int) -> str:
   decoders = f'{workers} processes' if workers > 0 else 'threads' if workers == 0 else 'the calling thread'
   here = f', {1e3 * cpu:.2f} ms of CPU an image here' if workers <= 0 else ''
   lines += [f'pipeline with {decoders} (data.workers={workers}): {rate:,.0f} images/s; first batch after {first:.1f} s{here}']
-  return '\n'.join(lines + accelerators(config, rate, total))
+  return '\n'.join([*lines, *accelerators(config, rate, total), '', advice(config, rate, spent)])
+
+
+def advice(config, rate: float, spent: dict[str, float]) -> str:
+  """A closing sentence: is it enough for the devices of this machine (without any: for a host of TPU v5e), and what helps most."""
+  total, cores, workers = sum(spent.values()), os.cpu_count() or 1, config.data.workers
+  share = {name: seconds / total for name, seconds in spent.items()}
+  helps = []
+  if rate < 0.7 * cores / total:
+    helps.append(f'--config.data.workers={cores}, processes instead of threads' if workers <= 0 else f'--config.data.workers={cores}')
+  if share.get('decode', 0) + share.get('RandomResizedCrop', 0) > 0.5 and not config.data.source.startswith('fake'):
+    helps.append('python -m beitv2_jax prepare SOURCE --short-side 256, smaller images to decode')
+  if share.get('read', 0) > 0.25:
+    helps.append('python -m beitv2_jax prepare SOURCE, array_record shards')
+  if share.get('ColorJitter', 0) > 0.1:
+    helps.append('--config.color_jitter_on=device')
+  helps.append('more cores a chip')
+  chip, need = _this_machine(config)
+  if not need:
+    return f'What would make the input faster, most first: {"; ".join(helps)}.'
+  if rate >= need:
+    return f'Enough for {chip}: {rate:,.0f} images/s, and its steps take {need:,.0f}.'
+  return f'Not enough for {chip}: {rate:,.0f} images/s of the {need:,.0f} that its steps take. What helps, most first: {"; ".join(helps)}.'
+
+
+def _this_machine(config) -> tuple[str, float]:
+  """(chips of this machine, or of a host of TPU v5e, images/s their steps take at UTILIZATION); 0 images/s for toys."""
+  try:
+    need = sum(flops.per_image(config).values())
+  except ValueError:
+    need = 0
+  kind, count = jax.devices()[0].device_kind, jax.local_device_count()
+  known = next((name for name in CHIPS if name.removeprefix('TPU ').lower() in kind.lower()), None)
+  name = known or 'TPU v5e'
+  peak, usual = CHIPS[name]
+  chips = count if known else usual
+  return f'{chips} x {name}{"" if known else " (no accelerator here)"}', chips * peak * 1e12 * UTILIZATION / need if need >= 1e9 else 0.0
 
 
 def accelerators(config, rate: float, seconds: float) -> list[str]:

@@ -11,6 +11,18 @@ from beitv2_jax.tasks import classify, clip, pretrain, segment, tokenizer
 from beitv2_jax.tasks.base import Task
 
 
+def host_transforms(config: Any, source: Any) -> Any:
+  """What training does to a record on the host, without opening the weights that a task uses."""
+  classes: dict[str, type[Task]] = {
+    'clip': clip.ClipTask,
+    'tokenizer': tokenizer.TokenizerTask,
+    'pretrain': pretrain.PretrainTask,
+    'classifier': classify.ClassifyTask,
+    'segmenter': segment.SegmentTask,
+  }
+  return classes[config.task].transforms(config, True, source)
+
+
 def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
   """(task, frozen weights as numpy arrays). Reads what earlier stages left; raises UserError when it is not there.
 

@@ -29,7 +29,8 @@ class Task:
     grids = config_lib.patch_grid(theirs), config_lib.patch_grid(self.config)
     return variables if grids[0] == grids[1] else variables | {'params': adapt.fit_grid(variables['params'], *grids)}
 
-  def transforms(self, train: bool, source: Any) -> Sequence:
+  @staticmethod
+  def transforms(config: Any, train: bool, source: Any) -> Sequence:
     """Callables (record, rng) → record; see data/transforms.py. `source.classes` names the labels."""
     raise NotImplementedError
 

@@ -126,8 +126,8 @@ class ClassifyTask(Task):
     )
     return {'params': params} | ({'ema': params} if config.ema_decay else {})
 
-  def transforms(self, train, source):
-    config = self.config
+  @staticmethod
+  def transforms(config, train, source):
     steps = image_transforms(config.data, train, 0.0 if config.rand_augment else config.color_jitter)
     return [*steps, RandAugment(config.rand_augment)] if train and config.rand_augment else steps
 

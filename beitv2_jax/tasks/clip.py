@@ -74,12 +74,13 @@ class ClipTask(Task):
   def init(self, key):
     return {'params': teacher.fresh_clip_params(self.model, key)}
 
-  def transforms(self, train, source):
+  @staticmethod
+  def transforms(config, train, source):
     if not source.classes:
-      raise UserError(f'{self.config.data.source} has no classes to make captions of; use a folder of class folders, or a ready teacher.')
-    captions = captions_of(self.config, source)
-    _tell_apart(captions, self.config.model.text_length)
-    return [*image_transforms(self.config.data, train), Caption(captions, self.config.model.text_length)]
+      raise UserError(f'{config.data.source} has no classes to make captions of; use a folder of class folders, or a ready teacher.')
+    captions = captions_of(config, source)
+    _tell_apart(captions, config.model.text_length)
+    return [*image_transforms(config.data, train), Caption(captions, config.model.text_length)]
 
   def _logits(self, params, batch):
     """[B, B] scaled cosines, image against text."""

@@ -50,10 +50,11 @@ class PretrainTask(Task):
   def init(self, key):
     return from_config.init(self.model, self.config, key)
 
-  def transforms(self, train, source):
-    m = self.config.mask
-    mask = BlockMask(config_lib.patch_grid(self.config), m.count, m.min_block, m.max_block, m.min_aspect)
-    return [*image_transforms(self.config.data, train, self.config.color_jitter, self.config.color_jitter_on == 'device'), mask]
+  @staticmethod
+  def transforms(config, train, source):
+    m = config.mask
+    mask = BlockMask(config_lib.patch_grid(config), m.count, m.min_block, m.max_block, m.min_aspect)
+    return [*image_transforms(config.data, train, config.color_jitter, config.color_jitter_on == 'device'), mask]
 
   def _forward(self, params, frozen, batch, **kwargs):
     """Per branch: cross-entropy [B, M] and whether the code was right [B, M]."""

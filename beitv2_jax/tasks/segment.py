@@ -52,13 +52,14 @@ class SegmentTask(Task):
     params = classify.fresh_where_missing({'backbone': params['backbone']}, fresh['params'], HEADS)
     return fresh | {'params': params}
 
-  def transforms(self, train, source):
-    size = config_lib.image_shape(self.config)[:2]
+  @staticmethod
+  def transforms(config, train, source):
+    size = config_lib.image_shape(config)[:2]
     if not train:
-      return [labels_of(self.config), scenes.Fit(size), scenes.Pad(size)]
+      return [labels_of(config), scenes.Fit(size), scenes.Pad(size)]
     return [
-      labels_of(self.config),
-      scenes.RandomResize(min(size), tuple(self.config.data.resize_ratio)),
+      labels_of(config),
+      scenes.RandomResize(min(size), tuple(config.data.resize_ratio)),
       scenes.RandomCrop(size),
       scenes.FlipBoth(),
       scenes.PhotometricDistortion(),

@@ -57,8 +57,9 @@ class TokenizerTask(Task):
   def init(self, key):
     return from_config.init(self.model, self.config, key)
 
-  def transforms(self, train, source):
-    return image_transforms(self.config.data, train)
+  @staticmethod
+  def transforms(config, train, source):
+    return image_transforms(config.data, train)
 
   def warm_start(self, params, model_state, frozen, batch, key):
     if not self.config.codebook.kmeans:

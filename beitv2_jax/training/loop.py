@@ -103,7 +103,7 @@ def prepare(config: Any, workdir: Any) -> Setup:
   opened = {split: sources.make(config.data.source, split, config.data.dir, config.data.holdout) for split in ('train', 'eval')}
   task, frozen = tasks.make(config, source=opened['train'])
   understood = task.look_at(opened)
-  transforms = {split: task.transforms(split == 'train', opened[split]) for split in opened}
+  transforms = {split: task.transforms(task.config, split == 'train', opened[split]) for split in opened}
   steps, warmup = planned_steps(config, len(opened['train']))
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
   optimizer, schedule = optim.make(config.optim, steps, warmup)
