@@ -135,7 +135,7 @@ POSITIVE, NOT_NEGATIVE = Number(0, above=True), Number(0)
 FLOATS = Choice(('bfloat16', 'float32'))
 
 SETTINGS: dict[str, Any] = {
-  'task': Choice(('clip', 'tokenizer', 'pretrain', 'classifier', 'segmenter')),
+  'task': Choice(('clip', 'tokenizer', 'pretrain', 'classifier', 'segmenter', 'pixels')),
   'seed': count(0, 2**31 - 1),
   'init_from': Text(),
   'tokenizer_from': Text(),
@@ -245,6 +245,7 @@ SETTINGS: dict[str, Any] = {
   'aux_weight': NOT_NEGATIVE,
   'average_over_ignored': Flag(),
   'caption': Text(),
+  'shuffled': Flag(),
 }
 
 

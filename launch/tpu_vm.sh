@@ -4,14 +4,14 @@
 #   launch/tpu_vm.sh start  --name b16 --zone us-east5-b --machine ct6e-standard-4t --topology 4x4 --hosts 4 --image FAMILY/PROJECT [--spot] \
 #                           -- --config=configs/beitv2_b16.py --workdir=gs://bucket/b16 ...
 #   launch/tpu_vm.sh watch  (the same arguments)                   start, then make the slice anew whenever it is taken away
-#   launch/tpu_vm.sh log    --name b16 --zone us-east5-b           follow the first host's log
+#   launch/tpu_vm.sh log    --name b16 --zone us-east5-b           follow a host's log
 #   launch/tpu_vm.sh stop   --name b16 --zone us-east5-b           save and stop on all hosts; the group stays
 #   launch/tpu_vm.sh delete --name b16 --zone us-east5-b
 #   launch/tpu_vm.sh --dry-run ...                                 print what it would do
 #
 # The workdir is a folder of a bucket, gs://BUCKET/RUN; the code travels beside it. A host that comes up, for the first time or after a
 # repair, installs what is missing and goes on from the last checkpoint. A host whose run fails starts again, but not after bad input (2).
-# Compute Engine repairs slices by itself, but not Spot ones: `watch` deletes a group that has lost a host, and makes it again.
+# All hosts of a slice come and go together: `watch` deletes a group that has lost one, to preemption or a fault, and makes it again.
 # FAMILY/PROJECT is Google's image for the TPU version (its page 'TPU OS images' lists them).
 set -euo pipefail
 
@@ -50,7 +50,8 @@ boot_script() {  # what each host does when it comes up; $1: where the code lies
 exec >> /var/log/beitv2_jax.log 2>&1
 mkdir -p /opt/beitv2_jax && cd /opt/beitv2_jax
 if [ ! -e ready ]; then
-  gcloud storage cp $1 code.tgz && tar xzf code.tgz && python3 -m venv .venv && .venv/bin/pip install -q -c requirements.lock -e '.[tpu,gcs]' && touch ready || exit 1
+  gcloud storage cp $1 code.tgz && tar xzf code.tgz && python3 -m venv tools && tools/bin/pip install -q uv \\
+    && tools/bin/uv venv -q --python 3.12 .venv && tools/bin/uv pip install -q --python .venv -c requirements.lock -e '.[tpu,gcs]' && touch ready || exit 1
 fi
 export HOME=/root
 while true; do
@@ -75,11 +76,12 @@ start() {
   run gcloud storage cp "$boot.tgz" "$code"
   run gcloud compute resource-policies create workload-policy "$name" --region="$region" --type=HIGH_THROUGHPUT --accelerator-topology="$topology"
   run gcloud compute instance-templates create "$name" --machine-type="$machine" --maintenance-policy=TERMINATE \
-    --image-family="${image%/*}" --image-project="${image#*/}" --scopes=cloud-platform --metadata-from-file=startup-script="$boot" \
+    --image-family="${image%/*}" --image-project="${image#*/}" --boot-disk-size=100GB --scopes=cloud-platform --metadata-from-file=startup-script="$boot" \
     ${spot:+--provisioning-model=SPOT} ${spot:+--instance-termination-action=STOP}
   create
 }
-create() { group create --size="$hosts" --template="$name" --workload-policy="projects/$(project)/regions/$region/resourcePolicies/$name"; }
+create() { group create --size="$hosts" --template="$name" --target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing \
+  --workload-policy="projects/$(project)/regions/$region/resourcePolicies/$name"; }
 project() { if [ -n "$dry" ]; then echo PROJECT; else gcloud config get-value project 2>/dev/null; fi; }
 
 watch() {

@@ -59,8 +59,9 @@ def test_a_tpu_host_trains_when_it_comes_up(tmp_path):
   for name, body in {
     'gcloud': 'touch "${@: -1}"',
     'tar': 'true',
-    'python3': 'mkdir -p .venv/bin; cp "$TOOLS/pip" .venv/bin/pip; cp "$TOOLS/train" .venv/bin/python',
-    'pip': 'echo installed',
+    'python3': 'mkdir -p tools/bin .venv/bin; cp "$TOOLS/pip" tools/bin/pip; cp "$TOOLS/uv" tools/bin/uv',
+    'pip': 'true',
+    'uv': '[ "$1" = pip ] && echo installed; cp "$TOOLS/train" .venv/bin/python',
     'train': 'printf "%s\\n" "$@"; [ -e once ] && exit 2; touch once; exit 75',
   }.items():
     (tools / name).write_text('#!/bin/bash\n' + body + '\n')

@@ -1,5 +1,6 @@
 """The Python door: `model = beitv2_jax.load(DIR)` opens anything trained here, without a config."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,37 @@ class Model:
     self.grid = config_lib.patch_grid(config)
 
   def tokens(self, images, normalize: bool = True) -> jax.Array:
-    """Codes of every patch, int32 [B, Gh, Gw]. Tokenizers only."""
+    """Codes of every patch, int32 [B, Gh, Gw]. Tokenizers, and pixel decoders by the tokenizer they were trained with."""
+    if self.kind == 'pixels':
+      return self.tokenizer.tokens(images, normalize)
     x = self._input(images, normalize, ('tokenizer',))
     return self._call('tokens', x).reshape(-1, *self.grid)
+
+  def pixels(self, codes) -> jax.Array:
+    """What the decoder draws for codes [B, Gh, Gw], RGB in [0, 1], [B, h, w, 3]. Pixel decoders (configs/pixels_b16.py) only."""
+    self._must_be('pixels')
+    codes, known = _array(codes, 'codes'), self.config.model.codes
+    if codes.shape[1:] != self.grid or not jnp.issubdtype(codes.dtype, jnp.integer):
+      raise UserError(f'codes are {codes.dtype} {codes.shape}; expected whole numbers [B, {self.grid[0]}, {self.grid[1]}].')
+    if codes.size and not (int(codes.min()) >= 0 and int(codes.max()) < known):
+      raise UserError(
+        f'codes span [{int(codes.min())}, {int(codes.max())}]; this decoder knows 0 to {known - 1}: is it of another tokenizer?'
+      )
+    return self._call('pixels', codes.reshape(len(codes), -1))
+
+  @functools.cached_property
+  def tokenizer(self) -> 'Model':
+    """The tokenizer that a pretrained model or a pixel decoder was made with, opened from where its config says."""
+    self._must_be('pixels', 'pretrain')
+    where = self.config.tokenizer_from
+    if where == 'untrained':
+      raise UserError('this stage was made with the untrained tokenizer of smoke tests, which is not kept.')
+    found = load(where)
+    if self.kind == 'pixels':
+      ours, theirs = self.variables['codebook']['embedding'], found.variables['codebook']['quantizer']['embedding']
+      if ours.shape != theirs.shape or not bool(jnp.allclose(ours, theirs, atol=1e-5)):
+        raise UserError(f'the tokenizer in {where} is not the one that this pixel decoder was trained with: its codebook is another.')
+    return found
 
   def reconstruct(self, images, normalize: bool = True) -> jax.Array:
     """The decoder's prediction of the teacher's features, [B, N, V]. Tokenizers only."""
@@ -76,9 +105,12 @@ class Model:
     mask = mask.reshape(len(x), -1)
     return self._call('logits', x, mask)
 
-  def _input(self, images, scale: bool, kinds: tuple[str, ...] = ()) -> jax.Array:
-    if kinds and self.kind not in kinds:
+  def _must_be(self, *kinds: str) -> None:
+    if self.kind not in kinds:
       raise UserError(f'this is a {self.kind} model; that needs a {" or ".join(kinds)} model.')
+
+  def _input(self, images, scale: bool, kinds: tuple[str, ...] = ()) -> jax.Array:
+    self._must_be(*(kinds or ('tokenizer', 'pretrain', 'classifier', 'segmenter')))
     images = _array(images, 'images')
     h, w, _ = config_lib.image_shape(self.config)
     if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
@@ -136,6 +168,7 @@ class Model:
       features=lambda v, x: module.apply(v, x)['features'],
       logits=lambda v, x, mask: list(module.apply(v, x, mask)),
       scores=lambda v, x: module.apply(v, x)[0] if self.kind == 'segmenter' else module.apply(v, x),
+      pixels=lambda v, codes: jnp.clip(module.apply(v, codes), 0, 1),
       last=last,
       states=with_layers,
       pooled=pooled,

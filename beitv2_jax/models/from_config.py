@@ -12,6 +12,7 @@ from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.initializers import drawn_together
 from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.mim import MIM
+from beitv2_jax.models.pixels import PixelDecoder
 from beitv2_jax.models.upernet import Segmenter
 from beitv2_jax.models.vqkd import VQKD
 
@@ -33,6 +34,7 @@ BUILDERS = {
   'pretrain': lambda model, **common: MIM(**model.to_dict(), **common),
   'classifier': lambda model, **common: Classifier(**model.to_dict(), **common),
   'segmenter': _segmenter,
+  'pixels': lambda model, **common: PixelDecoder(**model.to_dict(), **common),
 }
 
 
@@ -46,8 +48,10 @@ def build(config: Any) -> Any:
 
 def init(module: Any, config: Any, key: jax.Array) -> Any:
   """Fresh variables, in Flax's boxes with logical axis names: {'params': ..., other collections}. To be jitted."""
-  images = jnp.zeros((1, *config_lib.image_shape(config)))
-  return drawn_together(lambda key: module.init(key, images), key)
+  rows, cols = config_lib.patch_grid(config)
+  codes_in = config.task == 'pixels'
+  example = jnp.zeros((1, rows * cols), jnp.int32) if codes_in else jnp.zeros((1, *config_lib.image_shape(config)))
+  return drawn_together(lambda key: module.init(key, example), key)
 
 
 def fresh_variables(config: Any, seed: int = 0) -> Any:

@@ -7,7 +7,7 @@ an argument of the jitted step, never part of its checkpoint.
 from typing import Any
 
 from beitv2_jax.errors import UserError
-from beitv2_jax.tasks import classify, clip, pretrain, segment, tokenizer
+from beitv2_jax.tasks import classify, clip, pixels, pretrain, segment, tokenizer
 from beitv2_jax.tasks.base import Task
 
 
@@ -19,6 +19,7 @@ def host_transforms(config: Any, source: Any) -> Any:
     'pretrain': pretrain.PretrainTask,
     'classifier': classify.ClassifyTask,
     'segmenter': segment.SegmentTask,
+    'pixels': pixels.PixelsTask,
   }
   return classes[config.task].transforms(config, True, source)
 
@@ -35,6 +36,7 @@ def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task,
     'pretrain': pretrain.make,
     'classifier': classify.make,
     'segmenter': segment.make,
+    'pixels': pixels.make,
   }
   if config.task not in makers:
     raise UserError(f'no task {config.task!r}; use one of {", ".join(makers)}.')
