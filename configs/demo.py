@@ -1,13 +1,14 @@
-"""The whole chain at toy size on scikit-learn's digits, as `make demo` runs it: stage=teacher, then vqkd, then pretrain.
+"""The whole chain at toy size on scikit-learn's digits, as `make demo` runs it: stage=teacher, then vqkd, pretrain, pixels.
 
   python -m beitv2_jax.main --config=configs/demo.py:stage=teacher --workdir=runs/demo/teacher
   python -m beitv2_jax.main --config=configs/demo.py:stage=vqkd --workdir=runs/demo/vqkd --config.teacher.name=runs/demo/teacher/hf
   python -m beitv2_jax.main --config=configs/demo.py:stage=pretrain --workdir=runs/demo/pretrained --config.tokenizer_from=runs/demo/vqkd
+  python -m beitv2_jax.main --config=configs/demo.py:stage=pixels --workdir=runs/demo/pixels --config.tokenizer_from=runs/demo/vqkd
 
 Images of your own: add --config.data.source=folder:PATH to each (class folders; their names become the captions).
 """
 
-from beitv2_jax.configs import beitv2_b16, vqkd_b16
+from beitv2_jax.configs import beitv2_b16, pixels_b16, vqkd_b16
 from ml_collections import ConfigDict
 
 from beitv2_jax import config
@@ -15,7 +16,7 @@ from beitv2_jax import config
 
 def get_config(arg=None):
   arg = config.parse_arg(arg, stage='vqkd')
-  c = {'teacher': teacher, 'vqkd': vqkd, 'pretrain': pretrain}[arg.stage]().unlock()
+  c = {'teacher': teacher, 'vqkd': vqkd, 'pretrain': pretrain, 'pixels': pixels}[arg.stage]().unlock()
   c.dtype = 'float32'
   c.data.update(source='digits', image_size=32, crop_pct=1.0, flip=False)
   if arg.stage != 'teacher':  # a digit fills its picture; the small teacher needs variety more than the later stages do
@@ -48,6 +49,14 @@ def vqkd():
   c.model.decoder.update(width=64, depth=1, heads=4)
   c.teacher.name = 'runs/demo/teacher/hf'
   c.optim.update(lr=2e-3, warmup_steps=60)
+  return c
+
+
+def pixels():
+  c = pixels_b16.get_config().unlock()
+  c.update(batch_size=64, steps=600, tokenizer_from='runs/demo/vqkd')
+  c.model.update(width=64, depth=2, heads=4, init_scheme='torch')
+  c.optim.update(lr=3e-3, warmup_steps=30)
   return c
 
 

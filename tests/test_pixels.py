@@ -8,6 +8,7 @@ from beitv2_jax.configs import pixels_b16
 from scipy import ndimage
 
 import beitv2_jax
+from beitv2_jax.downstream import imagine
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.pixels import unpatchify
 from beitv2_jax.tasks.scores import psnr, ssim
@@ -105,3 +106,46 @@ def test_psnr_and_ssim():
     expected.append(np.mean(scores))
   np.testing.assert_allclose(jax.jit(ssim)(jnp.asarray(a), jnp.asarray(b)), expected, atol=1e-4)
   np.testing.assert_allclose(ssim(jnp.asarray(a), jnp.asarray(a)), 1, atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def pretrained(tokenizer, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('pretrained') / 'run'
+  config = smoke('pretrain', tokenizer_from=str(tokenizer)).unlock()
+  config.model.vocab = 32
+  untrained(config.lock(), workdir)
+  return beitv2_jax.load(workdir)
+
+
+def test_what_is_imagined_is_drawn_step_by_step_and_only_behind_the_mask(trained, pretrained):
+  drawing = beitv2_jax.load(trained)
+  images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+  masks = np.zeros((2, 4, 4), bool)
+  masks[0, :2], masks[1, 1:, 2] = True, True
+  steps = imagine.behind_mask(pretrained, drawing, images, masks, steps=3)
+  known = [(codes >= 0).sum((1, 2)).tolist() for codes, _ in steps]
+  assert known == [[3, 1], [6, 2], [8, 3]]
+  codes, last = steps[-1]
+  assert ((codes >= 0) == masks).all()
+  outside = ~masks.repeat(8, 1).repeat(8, 2)
+  np.testing.assert_array_equal(last[outside], images[outside])
+  (at_once, _), *_ = imagine.behind_mask(pretrained, drawing, images, masks)
+  expected = np.asarray(pretrained.masked_logits(images, masks)[-1]).argmax(-1).reshape(2, 4, 4)
+  np.testing.assert_array_equal(at_once[masks], expected[masks])
+  changed = images.copy()
+  changed[~outside] = 7  # what is hidden must not matter
+  np.testing.assert_array_equal(imagine.behind_mask(pretrained, drawing, changed, masks, steps=3)[-1][1], last)
+
+
+def test_faces_and_mean_patches(trained):
+  drawing = beitv2_jax.load(trained)
+  faces = imagine.faces(drawing)
+  assert faces.shape == (32, 8, 8, 3)
+  np.testing.assert_allclose(faces[5], drawing.pixels(np.full((1, 4, 4), 5))[0, 16:24, 16:24], atol=1e-5)
+  images = np.zeros((2, 16, 16, 3), np.uint8)
+  images[0, :8, :8], images[1, 8:, 8:] = 255, 51
+  codes = np.array([[[3, 0], [0, 0]], [[0, 0], [0, 3]]])
+  means, counts = imagine.mean_patches(images, codes, 4)
+  assert counts.tolist() == [6, 0, 0, 2] and np.isnan(means[1]).all()
+  np.testing.assert_allclose(means[3], 0.6, atol=1e-6)
+  np.testing.assert_allclose(means[0], 0)

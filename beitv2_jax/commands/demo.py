@@ -1,4 +1,4 @@
-"""The whole chain at toy size: a small CLIP, VQ-KD, BEiT v2, then a table, pictures and curves in --out.
+"""The whole chain at toy size: a small CLIP, VQ-KD, BEiT v2, a decoder of codes to pixels, then a table, pictures and curves in --out.
 
   python -m beitv2_jax demo
   python -m beitv2_jax demo --data folder:PATH --out runs/mine
@@ -16,7 +16,7 @@ from pathlib import Path
 from beitv2_jax.commands import arguments
 from beitv2_jax.errors import UserError
 
-STEPS = dict(teacher=450, vqkd=600, pretrain=3000)
+STEPS = dict(teacher=450, vqkd=600, pretrain=3000, pixels=600)
 
 
 class StageFailed(Exception):
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
   sources.make(args.data, 'train')  # a wrong path shows here, not after a stage
   try:
     chain(args)
+    train(args, 'pixels', args.out / 'pixels', tokenizer_from=args.out / 'vqkd')
     if args.full:
       chain(args, 'random_', teacher_steps=0)
   except StageFailed as e:

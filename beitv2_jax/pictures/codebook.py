@@ -77,5 +77,36 @@ def masked_predictions(images: np.ndarray, masks: np.ndarray, codes: np.ndarray,
   return strip(columns)
 
 
+def faces(drawn: np.ndarray, means: np.ndarray, counts: np.ndarray, shown: int = 64, across: int = 16, scale: int = 3) -> Image.Image:
+  """Pairs of what a decoder draws for a code (left) and the mean of its real patches, the `shown` most used codes first.
+
+  drawn, means: float [K, patch, patch, 3] in [0, 1]; counts: [K].
+  """
+  order = [c for c in np.argsort(-counts, kind='stable')[:shown] if counts[c]]
+  patch = drawn.shape[1]
+  width, height = 2 * patch + 4, patch + 4
+  sheet = np.full((max(-(-len(order) // across), 1) * height, across * width, 3), 255, np.uint8)
+  for n, code in enumerate(order):
+    y, x = n // across * height, n % across * width
+    sheet[y : y + patch, x : x + patch] = to_pixels(drawn[code])
+    sheet[y : y + patch, x + patch : x + 2 * patch] = to_pixels(means[code])
+  return _enlarge(sheet, scale)
+
+
+def to_pixels(image: np.ndarray) -> np.ndarray:
+  """Floats in [0, 1] → uint8."""
+  return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
+
+
+def imagined(images: np.ndarray, masks: np.ndarray, seen_as: np.ndarray, steps: list[np.ndarray]) -> Image.Image:
+  """Rows: image; what the model sees; the image as the codebook sees it; then one row a step of what it imagines behind the mask.
+
+  images, and each of `steps`: uint8 [B, h, w, 3]; masks: bool [B, Gh, Gw]; seen_as: float [B, h, w, 3] in [0, 1].
+  """
+  patch = images.shape[1] // masks.shape[1]
+  hidden = np.where(masks.repeat(patch, 1).repeat(patch, 2)[..., None], 128, images).astype(np.uint8)
+  return strip([[images[i], hidden[i], to_pixels(seen_as[i]), *(step[i] for step in steps)] for i in range(len(images))])
+
+
 def _enlarge(sheet: np.ndarray, scale: int) -> Image.Image:
   return Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST)

@@ -12,7 +12,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.data.masking import BlockMask
 from beitv2_jax.data.transforms import image_transforms
-from beitv2_jax.downstream import probes, trained
+from beitv2_jax.downstream import imagine, probes, trained
 from beitv2_jax.models import teacher as teachers
 from beitv2_jax.models.images import unit_images
 from beitv2_jax.pictures import codebook
@@ -129,6 +129,19 @@ def write_page(out: Path, rows: list, facts: list[str], images: np.ndarray, code
   grid = codebook.masked_predictions(images[few], masked['masks'][few], codes[few], masked['predicted'][few], size)
   page.picture(
     grid, 'From the top: the image; what the model sees; the codes behind the mask; the codes it predicts, crossed out where wrong.'
+  )
+  page.text('What the codes look like', 'h2')
+  drawing = trained.load(out / 'pixels')
+  means, counts = imagine.mean_patches(images, codes, size)
+  page.picture(
+    codebook.faces(imagine.faces(drawing), means, counts),
+    'The face of a code: what the pixel decoder draws for it, beside the mean of its patches.',
+  )
+  steps = imagine.behind_mask(trained.load(out / 'pretrained'), drawing, images[few], masked['masks'][few], steps=3)
+  page.picture(
+    codebook.imagined(images[few], masked['masks'][few], imagine.as_codes(drawing, images[few]), [x for _, x in steps]),
+    'From the top: the image; what the model sees; the image as the codebook sees it, drawn from its codes alone; and what the model imagines '
+    'behind the mask, in three steps, what it is most certain of first.',
   )
   page.text('Curves', 'h2')
   for stage, keys, title in CURVES:
