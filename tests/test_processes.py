@@ -167,3 +167,19 @@ def test_the_end_of_one_process_is_said_by_the_other(tmp_path):
   text, _ = both[0].communicate(timeout=60)
   assert both[0].returncode == peers.LOST
   assert 'process 1 on' in text and 'run the same command on all hosts' in text and 'Traceback' not in text
+
+
+def test_a_process_that_never_comes_is_a_line_and_a_code_to_start_again():
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  program = f"""
+import sys
+from beitv2_jax.training import peers
+peers.FIND_SECONDS = 4.0
+peers.initialize('localhost:{port}', 2, 0)
+"""
+  done = subprocess.run([sys.executable, '-c', program], env=main_env(), capture_output=True, text=True, timeout=60)
+  assert done.returncode == peers.LOST, done
+  assert 'did not find each other within 4 s' in done.stderr and 'run the same command on all hosts' in done.stderr
+  assert 'stack trace' not in done.stderr

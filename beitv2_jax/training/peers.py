@@ -20,6 +20,7 @@ from beitv2_jax.errors import RunFailed, UserError
 
 BEAT = 2.0  # seconds from one count to the next
 SILENCE = 20.0
+FIND_SECONDS = 240.0  # for all processes to connect: hosts do not start at the same moment
 LOST = 75  # EX_TEMPFAIL: try again
 FOLDER = 'beitv2_jax/alive'
 
@@ -30,10 +31,23 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
   """jax.distributed.initialize, with a watch over the processes."""
   global _watch
   jax.config.update('jax_enable_preemption_service', True)  # without it a SIGTERM to one process stops nothing
-  jax.distributed.initialize(coordinator, processes, process)
+  given_up = threading.Timer(FIND_SECONDS, _not_found)  # a little later JAX gives up too, with SIGABRT and C++
+  given_up.daemon = True
+  given_up.start()
+  try:
+    # A process that dies while all connect is noticed by the timer, later ones by the watch: both before JAX's own heartbeat.
+    jax.distributed.initialize(
+      coordinator, processes, process, initialization_timeout=int(FIND_SECONDS) + 60, heartbeat_timeout_seconds=int(FIND_SECONDS) + 120
+    )
+  finally:
+    given_up.cancel()
   faulthandler.disable()  # where JAX ends a process because process 0 is gone, its Python frames tell nothing
   _watch = Watch(distributed.global_state.client, jax.process_index())
   _watch.thread.start()
+
+
+def _not_found() -> None:
+  end(f'the processes of this run did not find each other within {FIND_SECONDS:.0f} s: is the same command running on every host?')
 
 
 def finished() -> None:

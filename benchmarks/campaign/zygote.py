@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 def serve() -> None:
   """Reads {"start": arguments, "out": file} and {"wait": pid} from stdin, and answers with a pid or an exit code."""
   from beitv2_jax import main
-  from beitv2_jax.training import loop  # noqa: F401
+  from beitv2_jax.training import loop, peers  # noqa: F401
+
+  peers.FIND_SECONDS = 40.0  # nobody waits longer here
 
   for line in sys.stdin:
     request = json.loads(line)
