@@ -139,13 +139,15 @@ def test_what_is_imagined_is_drawn_step_by_step_and_only_behind_the_mask(trained
 
 def test_faces_and_mean_patches(trained):
   drawing = beitv2_jax.load(trained)
-  faces = imagine.faces(drawing)
-  assert faces.shape == (32, 8, 8, 3)
-  np.testing.assert_allclose(faces[5], drawing.pixels(np.full((1, 4, 4), 5))[0, 16:24, 16:24], atol=1e-5)
+  codes = np.random.default_rng(0).integers(0, 31, (3, 4, 4))
+  codes[1, 2, 3] = 31
+  faces, counts = imagine.faces(drawing, codes)
+  assert faces.shape == (32, 8, 8, 3) and counts.sum() == 48 and counts[31] == 1
+  np.testing.assert_allclose(faces[31], np.asarray(drawing.pixels(codes))[1, 16:24, 24:32], atol=0.003)
   images = np.zeros((2, 16, 16, 3), np.uint8)
   images[0, :8, :8], images[1, 8:, 8:] = 255, 51
-  codes = np.array([[[3, 0], [0, 0]], [[0, 0], [0, 3]]])
-  means, counts = imagine.mean_patches(images, codes, 4)
+  few = np.array([[[3, 0], [0, 0]], [[0, 0], [0, 3]]])
+  means, counts = imagine.mean_patches(images, few, 4)
   assert counts.tolist() == [6, 0, 0, 2] and np.isnan(means[1]).all()
   np.testing.assert_allclose(means[3], 0.6, atol=1e-6)
   np.testing.assert_allclose(means[0], 0)

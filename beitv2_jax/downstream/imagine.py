@@ -6,18 +6,19 @@ from beitv2_jax.downstream import trained
 from beitv2_jax.errors import UserError
 
 
-def faces(pixels: trained.Model, batch: int = 64) -> np.ndarray:
-  """What the decoder draws for each code in the middle of an image of that code alone: float [K, patch, patch, 3] in [0, 1]."""
-  codes = np.broadcast_to(np.arange(pixels.config.model.codes)[:, None, None], (pixels.config.model.codes, *pixels.grid)).astype(np.int32)
-  patch, (row, col) = pixels.config.model.patch_size, (side // 2 for side in pixels.grid)
-  middle = (slice(None), slice(row * patch, (row + 1) * patch), slice(col * patch, (col + 1) * patch))
-  return trained.in_batches(lambda x: pixels.pixels(x)[middle], codes, batch=min(batch, len(codes)))
+def faces(pixels: trained.Model, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """What the decoder draws for each code, the mean over where it occurs: as `mean_patches` gives it, NaN for codes that don't occur.
+
+  An image of one code alone is like none that the decoder has seen, and what it draws there says little.
+  """
+  drawn = trained.in_batches(pixels.pixels, codes, batch=min(32, len(codes)))
+  return mean_patches(np.rint(255 * drawn), codes, pixels.config.model.codes)
 
 
 def mean_patches(images: np.ndarray, codes: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
   """(mean of the patches that have each code, float [K, patch, patch, 3] in [0, 1] and NaN for none; how many there are [K]).
 
-  images: uint8 [B, h, w, 3]; codes: int [B, Gh, Gw].
+  images: [B, h, w, 3] from 0 to 255; codes: int [B, Gh, Gw].
   """
   b, rows, cols = codes.shape
   patch = images.shape[1] // rows

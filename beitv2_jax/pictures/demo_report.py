@@ -134,7 +134,7 @@ def write_page(out: Path, rows: list, facts: list[str], images: np.ndarray, code
   drawing = trained.load(out / 'pixels')
   means, counts = imagine.mean_patches(images, codes, size)
   page.picture(
-    codebook.faces(imagine.faces(drawing), means, counts),
+    codebook.faces(imagine.faces(drawing, codes)[0], means, counts),
     'The face of a code: what the pixel decoder draws for it, beside the mean of its patches.',
   )
   steps = imagine.behind_mask(trained.load(out / 'pretrained'), drawing, images[few], masked['masks'][few], steps=3)
