@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
+from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, pixels_b16, vqkd_b16
 from PIL import Image
 
 from beitv2_jax import storage
@@ -28,7 +28,8 @@ from benchmarks.campaign import damages, outcomes, settings, weights
 from benchmarks.campaign.zygote import Run, Zygote
 
 ROOT = Path(__file__).parents[2]
-RECIPES = dict(tokenizer=vqkd_b16, pretrain=beitv2_b16, classifier=finetune_b16, segmenter=ade20k_b16)
+OFFICIAL = ('tokenizer', 'pretrain', 'classifier', 'segmenter')  # tasks whose weights come from elsewhere too
+RECIPES = dict(tokenizer=vqkd_b16, pretrain=beitv2_b16, classifier=finetune_b16, segmenter=ade20k_b16, pixels=pixels_b16)
 
 
 def recipe(task: str, **changes: Any) -> Any:
@@ -55,7 +56,7 @@ class Settings:
     self.folder = folder
 
   def __call__(self, rng: np.random.Generator) -> tuple[str, str]:
-    config = recipe(list(RECIPES)[rng.integers(4)], steps=2)
+    config = recipe(list(RECIPES)[rng.integers(len(RECIPES))], steps=2)
     changed = settings.change(config, rng)
     if isinstance(config.steps, int) and not 0 <= config.steps <= 20:
       config.steps = min(config.steps, 3)
@@ -100,7 +101,7 @@ class Weights:
 
   def __init__(self, folder: Path):
     self.folder, self.states = folder, {}
-    for task in RECIPES:
+    for task in OFFICIAL:
       config = recipe(task)
       if task == 'tokenizer':
         config.model.teacher_width = 24
@@ -113,7 +114,7 @@ class Weights:
       self.states[task] = official.from_ours(task, jax.tree.map(lambda x, r=rng: np.abs(r.normal(size=x.shape)).astype(np.float32), shapes))
 
   def __call__(self, rng: np.random.Generator) -> tuple[str, str]:
-    kind = list(RECIPES)[rng.integers(4)]
+    kind = OFFICIAL[rng.integers(len(OFFICIAL))]
     path, what = weights.write(self.folder, self.states[kind], rng)
     out = self.folder / 'out'
     shutil.rmtree(out, ignore_errors=True)
