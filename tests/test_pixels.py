@@ -106,6 +106,7 @@ def test_psnr_and_ssim():
     expected.append(np.mean(scores))
   np.testing.assert_allclose(jax.jit(ssim)(jnp.asarray(a), jnp.asarray(b)), expected, atol=1e-4)
   np.testing.assert_allclose(ssim(jnp.asarray(a), jnp.asarray(a)), 1, atol=1e-4)
+  np.testing.assert_allclose(ssim(jnp.asarray(a[:, :4, :6]), jnp.asarray(a[:, :4, :6])), 1, atol=1e-4)  # smaller than the window
 
 
 @pytest.fixture(scope='module')

@@ -40,8 +40,10 @@ def psnr(drawn: jax.Array, images: jax.Array) -> jax.Array:
 
 def ssim(drawn: jax.Array, images: jax.Array) -> jax.Array:
   """Structural similarity of images [B, h, w, 3] with values in [0, 1] → [B], as Wang et al. (2004) define it: a Gaussian window of
-  11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, the mean over what the window fits into and over the channels."""
-  x = jnp.arange(-5, 6)
+  11 x 11 (less where an image is smaller) with sigma 1.5, K1 = 0.01, K2 = 0.03, the mean over what the window fits into and over the
+  channels."""
+  half = min(5, (min(images.shape[1:3]) - 1) // 2)
+  x = jnp.arange(-half, half + 1)
   window = jnp.exp(-(x**2) / (2 * 1.5**2))
   window = window / window.sum()
 
