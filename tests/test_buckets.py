@@ -87,7 +87,9 @@ def test_the_next_stage_starts_from_a_bucket_and_its_programs_are_kept_there(buc
     done = train(*args, f'--workdir=gs://runs/{"first" if args is SMOKE else "second"}')
     assert done.returncode == 0, done.stderr[-2000:]
   names = look("from beitv2_jax import storage; print(sorted(p.name for p in storage.place('gs://runs/second').iterdir()))")
-  assert names == str(['checkpoints', 'compiled', 'config.json', 'data.txt', 'metrics.jsonl', 'parameters.txt', 'tensorboard'])
+  assert names == str(
+    ['checkpoints', 'compiled', 'config.json', 'data.txt', 'events.jsonl', 'metrics.jsonl', 'parameters.txt', 'tensorboard']
+  )
   command = [sys.executable, '-m', 'beitv2_jax', 'checkpoints', '--from=gs://runs/second', '--verify']
   listed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
   assert listed.returncode == 0 and listed.stdout.rstrip().endswith('whole'), listed

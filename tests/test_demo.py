@@ -29,7 +29,7 @@ def test_the_chain_on_a_folder_of_images(tmp_path):
   assert summary['codes_total'] == 64 and 0 < summary['codes_used'] <= 64 and 1 <= summary['perplexity'] <= 64
   assert 0 <= summary['mim_acc'] <= 100 and 0 < summary['mim_acc_floor'] <= 100
   page = (out / 'report.html').read_text()
-  assert page.count('<img src="data:image/png;base64,') == 7 and 'k-NN' in page
+  assert page.count('<img src="data:image/png;base64,') == 9 and 'k-NN' in page
   assert 'linear probe %' in done.stdout and '--config=configs/demo.py:stage=vqkd' in done.stdout
 
 
