@@ -183,3 +183,11 @@ peers.initialize('localhost:{port}', 2, 0)
   assert done.returncode == peers.LOST, done
   assert 'did not find each other within 4 s' in done.stderr and 'run the same command on all hosts' in done.stderr
   assert 'stack trace' not in done.stderr
+
+
+def test_a_process_that_dies_before_it_has_said_a_word_is_lost_too():
+  watch = peers.Watch(None, 0, expected=2)
+  now = watch.seen[f'{peers.FOLDER}/1'][1]
+  mine = [(f'{peers.FOLDER}/0', '1 here')]
+  assert watch.lost(mine, now + 10) == ''
+  assert 'process 1 on an unknown host is lost' in watch.lost([(f'{peers.FOLDER}/0', '9 here')], now + 25)

@@ -42,7 +42,7 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
   finally:
     given_up.cancel()
   faulthandler.disable()  # where JAX ends a process because process 0 is gone, its Python frames tell nothing
-  _watch = Watch(distributed.global_state.client, jax.process_index())
+  _watch = Watch(distributed.global_state.client, jax.process_index(), expected=distributed.global_state.num_processes or 1)
   _watch.thread.start()
 
 
@@ -75,9 +75,10 @@ def end(what: str) -> None:
 class Watch:
   """Counts for this process, and watches the others count. `client` is that of JAX's distributed runtime."""
 
-  def __init__(self, client: Any, process: int, beat: float = BEAT, silence: float = SILENCE):
+  def __init__(self, client: Any, process: int, beat: float = BEAT, silence: float = SILENCE, expected: int = 0):
     self.client, self.process, self.beat, self.silence = client, process, beat, silence
-    self.seen: dict[str, tuple[str, float]] = {}  # key → (its value, since when)
+    # key → (its value, since when). One may die before it has said a word: all that are `expected` are waited for.
+    self.seen: dict[str, tuple[str, float]] = {f'{FOLDER}/{i}': ('', time.monotonic()) for i in range(expected)}
     self.stop = threading.Event()
     self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -100,11 +101,12 @@ class Watch:
 
   def lost(self, values: list[tuple[str, str]], now: float) -> str:
     """Which process has been silent for too long, in words; '' if none has."""
-    for key, value in values:
+    said = dict(values)
+    for key, value in values + [(key, '') for key in self.seen if key not in said]:
       if key not in self.seen or self.seen[key][0] != value:
         self.seen[key] = value, now
       silent = now - self.seen[key][1]
-      number, host = key.rpartition('/')[2], value.partition(' ')[2]
+      number, host = key.rpartition('/')[2], value.partition(' ')[2] or 'an unknown host'
       if silent > self.silence and not value.startswith('finished') and number != str(self.process):
         return f'process {number} on {host} is lost: nothing was heard of it for {silent:.0f} s'
     return ''
