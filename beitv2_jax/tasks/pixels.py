@@ -67,6 +67,8 @@ class PixelsTask(Task):
     return dict(l1=jnp.abs(drawn - images).mean((1, 2, 3)), psnr=psnr(drawn, images), ssim=ssim(drawn, images))
 
   def adopt(self, theirs, variables, fresh):
-    if theirs.task == 'pixels' and theirs.model.codes != self.config.model.codes:
-      raise UserError(f'init_from draws {theirs.model.codes} codes, this tokenizer has {self.config.model.codes}.')
+    if theirs.task == 'pixels' and theirs.tokenizer_from != self.config.tokenizer_from:  # its codebook comes along
+      raise UserError(
+        f'init_from draws the codes of {theirs.tokenizer_from}, not of {self.config.tokenizer_from}: give the same tokenizer_from.'
+      )
     return super().adopt(theirs, variables, fresh)
