@@ -23,9 +23,7 @@ from beitv2_jax.tasks.scores import psnr, ssim
 
 
 def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
-  vqkd, frozen, theirs = (
-    tokenizer.released(config.tokenizer_dtype) if abstract else tokenizer.load(config.tokenizer_from, config.tokenizer_dtype)
-  )
+  vqkd, frozen, theirs = tokenizer.of_stage(config, abstract)
   config.model.update({k: theirs.model[k] for k in ('patch_size', 'codes', 'code_dim')})
   side = config_lib.image_shape(config)[:2]
   if any(length % theirs.model.patch_size for length in side):

@@ -20,9 +20,7 @@ from beitv2_jax.tasks.base import Task
 
 
 def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
-  vqkd, frozen, theirs = (
-    tokenizer.released(config.tokenizer_dtype) if abstract else tokenizer.load(config.tokenizer_from, config.tokenizer_dtype)
-  )
+  vqkd, frozen, theirs = tokenizer.of_stage(config, abstract)
   ours = config_lib.patch_grid(config)
   if theirs.model.patch_size != config.model.patch_size:
     raise UserError(

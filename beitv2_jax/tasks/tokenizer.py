@@ -48,6 +48,11 @@ def load(workdir: str, dtype: str) -> tuple[VQKD, Any, Any]:
   return from_config.build(config), variables, config
 
 
+def of_stage(config: Any, abstract: bool) -> tuple[VQKD, Any, Any]:
+  """What `load` gives for the tokenizer that a later stage's config names; with `abstract` the released one's shapes."""
+  return released(config.tokenizer_dtype) if abstract else load(config.tokenizer_from, config.tokenizer_dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerTask(Task):
   config: Any
