@@ -156,7 +156,7 @@ SETTINGS: dict[str, Any] = {
   'data.image_size': OneOrPair(count(1, 16384)),
   'data.crop_scale': Several(POSITIVE_SHARE, 2, rising=True),
   'data.crop_ratio': Several(Number(0, 100, above=True), 2, rising=True),
-  'data.crop_pct': POSITIVE_SHARE,
+  'data.crop_pct': Number(0.1, 1),  # the resize is size / crop_pct
   'data.flip': Flag(),
   'data.resize': Choice(('fast', 'pillow')),
   'data.resize_ratio': Several(Number(0, 100, above=True), 2, rising=True),

@@ -9,6 +9,7 @@ COMMANDS = {
   'demo': 'the whole chain at toy size on images that come with scikit-learn',
   'tokenize': 'the codes of images',
   'predict': 'classes, or masks, of images',
+  'attention': 'where a model looks, and what its patch features have in common, as pictures',
   'probe': 'what frozen features are worth: linear probes, few labels, k-NN',
   'robustness': 'a classifier on ImageNet-A, -R, -Sketch, -V2, ReaL or sets of your own',
   'segmentation': 'exact mIoU of a segmenter, also multi-scale',

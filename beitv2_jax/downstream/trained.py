@@ -1,5 +1,6 @@
 """The Python door: `model = beitv2_jax.load(DIR)` opens anything trained here, without a config."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +12,13 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
+from beitv2_jax.kernels import attention
+from beitv2_jax.kernels.functions import normalize_layer
 from beitv2_jax.models import from_config
 from beitv2_jax.models.images import normalize, statistics, unit_images
+from beitv2_jax.models.layers import spread_table
 from beitv2_jax.training import sharding
-from beitv2_jax.weights import stages
+from beitv2_jax.weights import adapt, stages
 
 
 def _array(x: Any, name: str) -> jax.Array:
@@ -86,6 +90,30 @@ class Model:
     """[CLS] and the mean of the patches after every block, [B, blocks, 2, D]: what frozen features are probed on."""
     return self._call('pooled', self._input(images, normalize))
 
+  def attention(self, images, block: int = 0, normalize: bool = True) -> jax.Array:
+    """How much each token attends to each other in a block (1 is the first; 0 stands for the last): [B, heads, T, T], [CLS] first.
+
+    `attention[b, h, 1 + p]` is where patch p looks. Of the encoder or the backbone, whatever the model is.
+    """
+    x, depth = self._input(images, normalize), self._encoder().depth
+    if not (isinstance(block, int) and 0 <= block <= depth):
+      raise UserError(f'block={block}: this model has blocks 1 to {depth}; 0 is the last.')
+    return self._call(f'attention_{block or depth}', x)
+
+  def at_size(self, size: int | tuple[int, int]) -> 'Model':
+    """The same model for images of another size, its position tables resampled (as fine-tuning does). Raises UserError for a size that
+    its patches do not divide."""
+    self._must_be('tokenizer', 'pretrain', 'classifier', 'segmenter')
+    config, patch = copy.deepcopy(self.config).unlock(), self.config.model.patch_size
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if any(side < 2 * patch or side % patch for side in sides):
+      raise UserError(f'size {size}: the patches of this model are {patch} px; give multiples of that, at least {2 * patch}.')
+    config.data.image_size = size
+    if config_lib.patch_grid(config) == self.grid:
+      return self
+    params = adapt.fit_grid(jax.device_get(self.variables['params']), self.grid, config_lib.patch_grid(config))
+    return Model(config.lock(), dict(self.variables) | dict(params=params), devices=list(self.mesh.devices.flat))
+
   def logits(self, images, normalize: bool = True) -> jax.Array:
     """Class scores: [B, classes] of a classifier, [B, 4Gh, 4Gw, classes] of a segmenter (a quarter of the image at 16 px patches)."""
     return self._call('scores', self._input(images, normalize, ('classifier', 'segmenter')))
@@ -104,6 +132,10 @@ class Model:
       )
     mask = mask.reshape(len(x), -1)
     return self._call('logits', x, mask)
+
+  def _encoder(self) -> Any:
+    """The part of the config that describes the encoder, or the backbone."""
+    return self.config.model.encoder if self.kind == 'tokenizer' else self.config.model
 
   def _must_be(self, *kinds: str) -> None:
     if self.kind not in kinds:
@@ -155,14 +187,28 @@ class Model:
       return states(variables, x, ())[0]
 
     def with_layers(variables, x):
-      depth = self.config.model.encoder.depth if self.kind == 'tokenizer' else self.config.model.depth
-      last, layers = states(variables, x, tuple(range(1, depth + 1)))
+      last, layers = states(variables, x, tuple(range(1, self._encoder().depth + 1)))
       return last | dict(layers=layers)
 
     def pooled(variables, x):
       layers = with_layers(variables, x)['layers']
       return jnp.stack([jnp.stack([tokens['cls'], tokens['patches'].mean(1)], 1) for tokens in layers], 1)
 
+    def attention_of(block, variables, x):
+      """The block's input is what the one before leaves."""
+      params, before = variables['params'], block - 1
+      if self.kind == 'tokenizer':
+        x, encoder = module.apply(variables, x, (before,), method='encoder_states')[1][before], params['encoder']['vit']
+      else:
+        x, encoder = module.apply(variables, x, taps=(before,), method='tokens')[1][before], params['backbone']
+      tables = [owner['rel_pos_bias']['table'] for owner in (encoder, encoder[f'block_{before}']['attn']) if 'rel_pos_bias' in owner]
+      bias = spread_table(sum(tables[1:], tables[0]), self.grid) if tables else None
+      block_params = encoder[f'block_{before}']
+      x = normalize_layer(x, block_params['norm1']['scale'], block_params['norm1']['bias'], x.dtype)[1]
+      return attention.weights(x, block_params['attn']['qkv'], block_params['attn']['q_bias'], bias)
+
+    if name.startswith('attention_'):
+      return jax.jit(functools.partial(attention_of, int(name.removeprefix('attention_'))))
     calls = dict(
       tokens=lambda v, x: module.apply(v, x, method='tokens'),
       features=lambda v, x: module.apply(v, x)['features'],

@@ -48,10 +48,19 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
 def plain(x, qkv, q_bias, v_bias, bias):
   heads, head_dim = qkv.shape[2:]
   q, k, v = jnp.moveaxis(jnp.einsum('btd,dshe->btshe', x, qkv), 2, 0)
-  q_bias, v_bias = q_bias.astype(q.dtype), v_bias.astype(v.dtype)
-  logits = jnp.einsum('bqhe,bkhe->bhqk', (q + q_bias) * head_dim**-0.5, k, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(logits if bias is None else logits + bias).astype(x.dtype)
-  return jnp.einsum('bhqk,bkhe->bqhe', weights, v + v_bias).reshape(*x.shape[:2], heads * head_dim)
+  weights = _weights(q + q_bias.astype(q.dtype), k, bias)
+  return jnp.einsum('bhqk,bkhe->bqhe', weights, v + v_bias.astype(v.dtype)).reshape(*x.shape[:2], heads * head_dim)
+
+
+def weights(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, bias: jax.Array | None) -> jax.Array:
+  """How much each token attends to each other, [B, H, T, T], rows of sum 1: for looking at. Arguments as for `attend`."""
+  q, k = jnp.moveaxis(jnp.einsum('btd,dshe->btshe', x, qkv[:, :2]), 2, 0)
+  return _weights(q + q_bias.astype(q.dtype), k, bias)
+
+
+def _weights(q, k, bias):
+  logits = jnp.einsum('bqhe,bkhe->bhqk', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+  return jax.nn.softmax(logits if bias is None else logits + bias).astype(q.dtype)
 
 
 def check(head_dims: Iterable[int] = (64,)) -> None:
