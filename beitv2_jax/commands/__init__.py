@@ -9,6 +9,7 @@ COMMANDS = {
   'demo': 'the whole chain at toy size on images that come with scikit-learn',
   'tokenize': 'the codes of images',
   'predict': 'classes, or masks, of images',
+  'explore': 'a page that shows what each code of a tokenizer stands for',
   'attention': 'where a model looks, and what its patch features have in common, as pictures',
   'probe': 'what frozen features are worth: linear probes, few labels, k-NN',
   'robustness': 'a classifier on ImageNet-A, -R, -Sketch, -V2, ReaL or sets of your own',

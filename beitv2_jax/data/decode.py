@@ -183,6 +183,8 @@ class Counted:
         '--config.data.workers. The same command goes on from the last checkpoint.'
       ) from e
     counts = batch.pop('bad')
+    if 'valid' in batch:  # an evaluation does not count an image twice because its neighbour is broken
+      batch['valid'] = batch['valid'] & (counts == 0)
     self.bad, self.seen = self.bad + int(counts.sum()), self.seen + len(counts)
     if self.bad > self.max_bad * max(self.seen, 1000):
       raise UserError(

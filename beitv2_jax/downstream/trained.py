@@ -14,7 +14,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.kernels import attention
 from beitv2_jax.kernels.functions import normalize_layer
-from beitv2_jax.models import from_config
+from beitv2_jax.models import from_config, quantizer
 from beitv2_jax.models.images import normalize, statistics, unit_images
 from beitv2_jax.models.layers import spread_table
 from beitv2_jax.training import sharding
@@ -51,6 +51,11 @@ class Model:
       return self.tokenizer.tokens(images, normalize)
     x = self._input(images, normalize, ('tokenizer',))
     return self._call('tokens', x).reshape(-1, *self.grid)
+
+  def assignments(self, images, normalize: bool = True) -> tuple[jax.Array, jax.Array]:
+    """(codes, cosine of each patch's vector to its code), both [B, Gh, Gw]. Tokenizers only."""
+    codes, cosine = self._call('assignments', self._input(images, normalize, ('tokenizer',)))
+    return codes.reshape(-1, *self.grid), cosine.reshape(-1, *self.grid)
 
   def pixels(self, codes) -> jax.Array:
     """What the decoder draws for codes [B, Gh, Gw], RGB in [0, 1], [B, h, w, 3]. Pixel decoders (configs/pixels_b16.py) only."""
@@ -207,10 +212,17 @@ class Model:
       x = normalize_layer(x, block_params['norm1']['scale'], block_params['norm1']['bias'], x.dtype)[1]
       return attention.weights(x, block_params['attn']['qkv'], block_params['attn']['q_bias'], bias)
 
+    def assigned(variables, x):
+      z = module.apply(variables, x, method='encode')
+      embedding = variables['codebook']['quantizer']['embedding']
+      codes = quantizer.nearest(z, embedding)
+      return codes, (z * embedding[codes]).sum(-1)
+
     if name.startswith('attention_'):
       return jax.jit(functools.partial(attention_of, int(name.removeprefix('attention_'))))
     calls = dict(
       tokens=lambda v, x: module.apply(v, x, method='tokens'),
+      assignments=assigned,
       features=lambda v, x: module.apply(v, x)['features'],
       logits=lambda v, x, mask: list(module.apply(v, x, mask)),
       scores=lambda v, x: module.apply(v, x)[0] if self.kind == 'segmenter' else module.apply(v, x),
