@@ -95,6 +95,8 @@ def base(task: str) -> ConfigDict:
   config.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
   config.quick_compile = False  # compile in half the time what then runs slower: for trying things out, on CPUs
   config.log_every = 50
+  config.samples = 8  # evaluation images that report.html shows with what the model makes of them; 0: none
+  config.track = ''  # also write to 'wandb', 'mlflow' or 'trackio', whose package must be installed
   config.profile_steps = 0  # trace so many steps, after the first ten, into WORKDIR/profile
   config.eval_every = 0  # steps; 0: only at the end
   config.eval_batch_size = 0  # 0: batch_size

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -23,6 +24,7 @@ _WORKDIR = flags.DEFINE_string(
 _COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0, where nothing else says it. SLURM does.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Several hosts that find each other, as on a TPU VM slice.')
 _PROCESSES = flags.DEFINE_integer('processes', None, 'Number of processes, with --coordinator.')
+_TRACEBACK = flags.DEFINE_bool('traceback', False, 'After an error, also where in the code it came up.')
 _PROCESS = flags.DEFINE_integer('process', None, 'Index of this process, with --coordinator.')
 
 
@@ -41,7 +43,9 @@ def train(argv: list[str]) -> None:
   process.use_compilation_cache(workdir)
   process.start_distributed(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
   try:
-    loop.run(config, workdir)
+    flag = flags.FLAGS['config']
+    about = dict(recipe=recipes.short(config_flags.get_config_filename(flag)), changed=config_flags.get_override_values(flag))
+    loop.run(config, workdir, about)
   except Exception as e:
     peers.wait_for_verdict(e)
     raise
@@ -62,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _error(e: Exception, code: int) -> int:
+  if flags.FLAGS.is_parsed() and _TRACEBACK.value or '--traceback' in sys.argv:
+    traceback.print_exception(e)
   print(f'error: {e}', file=sys.stderr)
   return code
 

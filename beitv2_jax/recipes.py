@@ -17,6 +17,7 @@ HELP = """Trains the stage that a recipe describes, or goes on with it.
   --config=FILE[:ARGUMENTS]   a recipe of yours, or a shipped one; what it takes stands at its top
   --config.KEY=VALUE          any of its fields: those of beitv2_jax/config.py and of the recipe
   --workdir=DIR               where checkpoints, metrics and config.json go, and what a stopped run goes on from
+  --traceback                 after an error, also where in the code it came up
   --distributed               on a TPU slice; SLURM is found by itself; elsewhere --coordinator=HOST:PORT --processes=N --process=I"""
 
 
@@ -38,6 +39,12 @@ def resolve(argument: str) -> str:
     return f'{ours}{colon}{recipe_arguments}'
   names = ', '.join(sorted(f'configs/{p.name}' for p in shipped().glob('*.py') if p.stem != '__init__'))
   raise UserError(f'no config file {path}, here or among the shipped recipes: {names}.')
+
+
+def short(argument: str) -> str:
+  """What `resolve` gave, as one would type it: 'configs/vqkd_b16.py:smoke' for a shipped recipe."""
+  path, colon, recipe_arguments = argument.partition(':')
+  return (f'configs/{Path(path).name}' if Path(path).parent == shipped() else path) + colon + recipe_arguments
 
 
 def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:

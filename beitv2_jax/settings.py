@@ -148,6 +148,8 @@ SETTINGS: dict[str, Any] = {
   'quick_compile': Flag(),
   'log_every': count(1, MAX_STEPS),
   'profile_steps': count(0),
+  'samples': count(0, 64),
+  'track': Choice(('', 'wandb', 'mlflow', 'trackio')),
   'eval_every': count(0, MAX_STEPS),
   'eval_batch_size': count(0),
   'data.source': Text(),

@@ -44,7 +44,7 @@ def ours(args) -> tuple[list[float], int]:
   from beitv2_jax.configs import beitv2_b16, beitv2_l16, vqkd_b16
 
   from beitv2_jax import tasks
-  from beitv2_jax.costs import flops
+  from beitv2_jax.models import flops
   from beitv2_jax.training import optim, sharding
   from beitv2_jax.training.process import use_compilation_cache
   from beitv2_jax.training.train_state import state_layout

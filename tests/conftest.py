@@ -30,6 +30,7 @@ def smoke(task: str, **changes):
   recipes = dict(tokenizer=vqkd_b16, pretrain=beitv2_b16, classifier=finetune_b16, segmenter=ade20k_b16)
   c = recipes[task].get_config('smoke').unlock()
   c.mesh.data = 1
+  c.samples = 0  # test_report.py draws them
   c.layers.scan = True  # compiles faster; test_meshes.py holds it to blocks one by one
   for key, value in changes.items():
     *parents, last = key.split('__')

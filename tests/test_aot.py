@@ -4,8 +4,9 @@ import jax
 import pytest
 from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
-from beitv2_jax.costs import estimate, flops, hlo
+from beitv2_jax.costs import estimate, hlo
 from beitv2_jax.errors import UserError
+from beitv2_jax.models import flops
 from beitv2_jax.training import sharding
 
 PROGRAM = """HloModule jit_step

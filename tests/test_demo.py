@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from beitv2_jax.pictures import codebook as pictures
+from beitv2_jax.reports import draw as pictures
 from tests.conftest import ROOT, main_env, run_main
 
 

@@ -6,8 +6,7 @@ import pytest
 from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.costs import flops
-from beitv2_jax.models import from_config
+from beitv2_jax.models import flops, from_config
 
 
 def counted(module, *args, size=224, **kwargs):

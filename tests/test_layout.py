@@ -11,7 +11,7 @@ FLOORS = [
   ('settings',),
   ('storage',),
   ('config', 'progress', 'tensor_files'),
-  ('data', 'kernels', 'recipes', 'configs'),
+  ('data', 'kernels', 'recipes', 'configs', 'reports'),
   ('models',),
   ('weights',),
   ('tasks',),

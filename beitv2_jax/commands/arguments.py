@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,18 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
 
   @functools.wraps(main)
   def wrapped(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[2:] if argv is None else argv)
+    told = '--traceback' in argv  # any command takes it: after an error, also where in the code it came up
+    argv = [a for a in argv if a != '--traceback']
     try:
       return main(argv) or 0
     except BrokenPipeError:  # as into `head`
       sys.stderr.close()
       return 0
     except (UserError, OSError) as e:
-      return _failed(e, 2)
+      return _failed(e, 2, told)
     except (FloatingPointError, RunFailed) as e:
-      return _failed(e, 1)
+      return _failed(e, 1, told)
     except KeyboardInterrupt:
       print('stopped.', file=sys.stderr)
       return 130
@@ -95,6 +99,8 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
   return wrapped
 
 
-def _failed(error: Exception, code: int) -> int:
+def _failed(error: Exception, code: int, told: bool) -> int:
+  if told:
+    traceback.print_exception(error)
   print(f'error: {" ".join(str(error).splitlines())}', file=sys.stderr)
   return code

@@ -19,8 +19,9 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax import tasks
-from beitv2_jax.costs import flops, hlo
+from beitv2_jax.costs import hlo
 from beitv2_jax.errors import UserError
+from beitv2_jax.models import flops
 from beitv2_jax.models.images import vqkd_images
 from beitv2_jax.training import optim, sharding
 from beitv2_jax.training.train_state import TrainState, state_layout

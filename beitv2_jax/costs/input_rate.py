@@ -12,8 +12,8 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax import tasks
-from beitv2_jax.costs import flops
 from beitv2_jax.data import decode, pipeline, sources
+from beitv2_jax.models import flops
 
 # Peak bf16 TFLOP/s of a chip and chips on a usual host, from the makers' data sheets.
 CHIPS = {'TPU v4': (275, 4), 'TPU v5e': (197, 8), 'TPU v5p': (459, 4), 'TPU v6e': (918, 8), 'A100': (312, 8), 'H100': (989, 8)}

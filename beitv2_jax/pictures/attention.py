@@ -4,20 +4,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from beitv2_jax.downstream.patch_features import principal_colors, similarity
+from beitv2_jax.reports.draw import heat
 
-# Dark blue over green to yellow, even in lightness, and readable without seeing red and green apart: six points of matplotlib's viridis.
-HEAT = np.array([(68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37)], float)
 GAP, LABEL = 8, 16
-
-
-def heat(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
-  """[h, w] → colours, uint8 [h, w, 3], from `low` (the smallest value) to `high` (the largest)."""
-  low = values.min() if low is None else low
-  high = values.max() if high is None else high
-  place = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(HEAT) - 1)
-  left = np.minimum(place.astype(int), len(HEAT) - 2)
-  share = (place - left)[..., None]
-  return np.rint(HEAT[left] * (1 - share) + HEAT[left + 1] * share).astype(np.uint8)
 
 
 def sheet(image: np.ndarray, attention: np.ndarray, features: np.ndarray, colors: np.ndarray, patch: tuple[int, int] | None) -> Image.Image:

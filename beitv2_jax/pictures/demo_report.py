@@ -15,8 +15,8 @@ from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.downstream import imagine, probes, trained
 from beitv2_jax.models import teacher as teachers
 from beitv2_jax.models.images import unit_images
-from beitv2_jax.pictures import codebook
-from beitv2_jax.pictures.report import Report
+from beitv2_jax.reports import draw
+from beitv2_jax.reports.page import Page
 from beitv2_jax.tasks.scores import code_statistics
 from beitv2_jax.training import metrics
 
@@ -67,7 +67,7 @@ HEADER = ['frozen features of', 'linear probe %', '5 labels a class %', 'k-NN %'
 
 
 def report(out: Path, began: float, control: bool) -> None:
-  """Writes summary.json, codebook.png and report.html into `out`, whose stages are trained, and prints the table.
+  """Writes summary.json, draw.png and report.html into `out`, whose stages are trained, and prints the table.
 
   `began` is when the demo started (time.time()), `control` whether the chain from an untrained teacher is there too.
   """
@@ -114,39 +114,41 @@ def feature_scores(out: Path, vqkd: Any, model: Any, images: np.ndarray, labels:
 
 
 def write_page(out: Path, rows: list, facts: list[str], images: np.ndarray, codes: np.ndarray, size: int, masked: dict) -> None:
-  page = Report('BEiT v2 from scratch, at toy size')
+  page = Page('BEiT v2 from scratch, at toy size')
   page.table(HEADER, rows)
   for fact in facts:
     page.text(fact)
-  page.text('What the codes mean', 'h2')
-  sheet = codebook.gallery(images, codes, size)
+  page.heading('What the codes mean')
+  sheet = draw.gallery(images, codes, size)
   sheet.save(out / 'codebook.png')
   page.picture(sheet, 'Codebook gallery: each strip is one code, with patches of held-out images that have it; the most used codes first.')
-  tinted = [[image, codebook.overlay(image, c, size)] for image, c in zip(images[:16], codes[:16])]
-  page.picture(codebook.strip(tinted), 'Codes over images: one colour a code.')
-  page.text('What pretraining learned', 'h2')
+  tinted = [[image, draw.overlay(image, c, size)] for image, c in zip(images[:16], codes[:16])]
+  page.picture(draw.strip(tinted), 'Codes over images: one colour a code.')
+  page.heading('What pretraining learned')
   few = slice(0, 16)
-  grid = codebook.masked_predictions(images[few], masked['masks'][few], codes[few], masked['predicted'][few], size)
+  grid = draw.masked_predictions(images[few], masked['masks'][few], codes[few], masked['predicted'][few], size)
   page.picture(
     grid, 'From the top: the image; what the model sees; the codes behind the mask; the codes it predicts, crossed out where wrong.'
   )
-  page.text('What the codes look like', 'h2')
+  page.heading('What the codes look like')
   drawing = trained.load(out / 'pixels')
   means, counts = imagine.mean_patches(images, codes, size)
   page.picture(
-    codebook.faces(imagine.faces(drawing, codes)[0], means, counts),
+    draw.faces(imagine.faces(drawing, codes)[0], means, counts),
     'The face of a code: what the pixel decoder draws for it, beside the mean of its patches.',
   )
   steps = imagine.behind_mask(trained.load(out / 'pretrained'), drawing, images[few], masked['masks'][few], steps=3)
   page.picture(
-    codebook.imagined(images[few], masked['masks'][few], imagine.as_codes(drawing, images[few]), [x for _, x in steps]),
+    draw.imagined(images[few], masked['masks'][few], imagine.as_codes(drawing, images[few]), [x for _, x in steps]),
     'From the top: the image; what the model sees; the image as the codebook sees it, drawn from its codes alone; and what the model imagines '
     'behind the mask, in three steps, what it is most certain of first.',
   )
-  page.text('Curves', 'h2')
+  page.heading('Curves')
+  page.begin_charts()
   for stage, keys, title in CURVES:
     steps = metrics.read(out / stage)
-    page.curves({k: [(row['step'], row[k]) for row in steps] for k in keys}, title)
+    page.curves(title, {k: [(row['step'], row[k]) for row in steps] for k in keys})
+  page.end_charts()
   page.save(out / 'report.html')
 
 

@@ -14,6 +14,7 @@ class Task:
   """Base of all tasks: what a task can do, with what most need by default."""
 
   config: Any
+  headline: tuple[str, ...] = ()  # the figures besides the loss that matter most while this trains
 
   def init(self, key: jax.Array) -> dict:
     """{'params': ..., and mutable collections such as 'codebook'}, with logical axis names in flax boxes."""
@@ -58,6 +59,10 @@ class Task:
   def evaluate(self, params: Any, model_state: Any, frozen: Any, batch: dict) -> dict[str, jax.Array]:
     """{name: [B, ...]} values of every example; the loop averages them over the valid ones."""
     raise NotImplementedError
+
+  def samples(self, params: Any, model_state: Any, frozen: Any, batch: dict) -> dict[str, jax.Array]:
+    """What the model makes of a few evaluation images, to be drawn by reports/draw.samples: `image`, and what goes with it."""
+    return {}
 
   def summarize(self, means: dict[str, Any]) -> dict[str, float]:
     """Averages over the evaluation set (numpy, float64) → scalars to report."""

@@ -102,6 +102,7 @@ def head_in_order(head: Any, theirs: tuple[str, ...], config: Any) -> Any:
 class ClassifyTask(Task):
   config: Any
   model: Classifier
+  headline = ('acc1',)
 
   def init(self, key):
     variables = from_config.init(self.model, self.config, key)
@@ -167,6 +168,10 @@ class ClassifyTask(Task):
     if self.config.ema_decay:
       out |= {f'ema_{k}': v for k, v in self._scores(model_state['ema'], images, batch['label']).items()}
     return out
+
+  def samples(self, params, model_state, frozen, batch):
+    logits = self._logits(params, network_images(batch['image'], self.config))
+    return dict(image=batch['image'], label=batch['label'], predicted=logits.argmax(-1))
 
   def _scores(self, params, images, labels):
     logits = self._logits(params, images)

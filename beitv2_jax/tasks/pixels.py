@@ -40,6 +40,7 @@ class PixelsTask(Task):
   config: Any
   model: PixelDecoder
   tokenizer: VQKD
+  headline = ('psnr',)
 
   def init(self, key):
     return from_config.init(self.model, self.config, key)
@@ -63,6 +64,9 @@ class PixelsTask(Task):
   def evaluate(self, params, model_state, frozen, batch):
     drawn, images = self._forward({'params': params, **model_state}, frozen, batch)
     return dict(l1=jnp.abs(drawn - images).mean((1, 2, 3)), psnr=psnr(drawn, images), ssim=ssim(drawn, images))
+
+  def samples(self, params, model_state, frozen, batch):
+    return dict(image=batch['image'], drawn=self._forward({'params': params, **model_state}, frozen, batch)[0])
 
   def adopt(self, theirs, variables, fresh):
     if theirs.task == 'pixels' and theirs.tokenizer_from != self.config.tokenizer_from:  # its codebook comes along

@@ -13,7 +13,7 @@ from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config
 from beitv2_jax.models.images import network_images, vqkd_images
-from beitv2_jax.models.mim import MIM
+from beitv2_jax.models.mim import MIM, mask_from_index
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import tokenizer
 from beitv2_jax.tasks.base import Task
@@ -44,6 +44,7 @@ class PretrainTask(Task):
   config: Any
   model: MIM
   tokenizer: VQKD
+  headline = ('mim_acc_1', 'mim_acc_2')
 
   def init(self, key):
     return from_config.init(self.model, self.config, key)
@@ -69,6 +70,14 @@ class PretrainTask(Task):
     losses, hits = self._forward(params, frozen, batch, train=True, rngs={'drop_path': key})
     losses, hits = jax.tree.map(jnp.mean, (losses, hits))
     return sum(losses.values()), ({}, losses | hits)
+
+  def samples(self, params, model_state, frozen, batch):
+    images, grid = batch['image'], config_lib.patch_grid(self.config)
+    mask = mask_from_index(batch['mask_index'], grid[0] * grid[1])
+    codes = self.tokenizer.apply(frozen, vqkd_images(images), method='tokens')
+    predicted = self.model.apply({'params': params}, network_images(images, self.config), mask)[-1].argmax(-1)
+    shaped = {k: v.reshape(-1, *grid) for k, v in dict(mask=mask, codes=codes, predicted=predicted).items()}
+    return shaped | dict(image=images)
 
   def evaluate(self, params, model_state, frozen, batch):
     losses, hits = self._forward(params, frozen, batch)

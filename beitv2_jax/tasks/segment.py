@@ -40,6 +40,7 @@ def labels_of(config: Any) -> scenes.Labels:
 class SegmentTask(Task):
   config: Any
   model: Segmenter
+  headline = ('pixel_acc',)
 
   def init(self, key):
     return from_config.init(self.model, self.config, key)
@@ -109,6 +110,10 @@ class SegmentTask(Task):
     cell = jnp.where(mask == scenes.IGNORE, k * k, mask * k + best).reshape(len(mask), -1)
     counts = jax.vmap(lambda c: jnp.zeros(k * k + 1).at[c].add(1.0))(cell)
     return dict(confusion=counts[:, :-1].reshape(-1, k, k))
+
+  def samples(self, params, model_state, frozen, batch):
+    logits = self._apply({'params': params, **model_state}, batch['image'])[0].astype(jnp.float32)
+    return dict(image=batch['image'], mask=batch['mask'], predicted=resample(logits, batch['mask'].shape[1:]).argmax(-1))
 
   def summarize(self, means):
     return {f'quick_{k}': v for k, v in segmentation_scores(np.asarray(means['confusion'])).items() if np.isscalar(v)}

@@ -58,6 +58,7 @@ class TokenizerTask(Task):
   config: Any
   model: VQKD
   teacher: teacher.Teacher
+  headline = ('perplexity', 'dead_codes')
 
   def init(self, key):
     return from_config.init(self.model, self.config, key)
@@ -107,6 +108,11 @@ class TokenizerTask(Task):
     out, distance = self._forward({'params': params, **model_state}, frozen, batch['image'])
     histogram = jax.nn.one_hot(out['codes'], self.config.model.codes).sum(1)
     return dict(rec_loss=distance.mean(-1), histogram=histogram)
+
+  def samples(self, params, model_state, frozen, batch):
+    out, distance = self._forward({'params': params, **model_state}, frozen, batch['image'])
+    grid = config_lib.patch_grid(self.config)
+    return dict(image=batch['image'], codes=out['codes'].reshape(-1, *grid), distance=distance.reshape(-1, *grid))
 
   def summarize(self, means):
     return dict(rec_loss=float(means['rec_loss']), **{k: float(v) for k, v in code_statistics(means['histogram']).items()})

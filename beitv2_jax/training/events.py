@@ -23,7 +23,7 @@ class Events:
     self.path, self.active = folder / NAME, jax.process_index() == 0 and not finished
     self.spent = dict(evaluating=0.0, waiting=0.0)
     self.first = True
-    self.note('started', step, **about)
+    self.note('started', step, steps=steps, **about)
 
   def note(self, event: str, step: int, **about: Any) -> None:
     """Raises OSError if it cannot be written."""
@@ -31,6 +31,9 @@ class Events:
       with self.path.open('a') as file:
         spent = {k: round(v, 3) for k, v in self.spent.items()}
         file.write(json.dumps(dict(time=round(time.time(), 3), event=event, step=step) | spent | about) + '\n')
+
+  def warn(self, step: int, text: str) -> None:
+    self.note('warning', step, text=text.removeprefix('warning: '))
 
   def stepped(self, step: int, waited: float) -> None:
     """A step is done, for whose batch the run waited so many seconds. The first one, which was compiled for, is an event."""
@@ -59,7 +62,10 @@ def read(workdir: Any) -> list[dict]:
 
 
 def summary(workdir: Any) -> str:
-  figures = goodput(read(workdir))
+  return in_words(goodput(read(workdir)))
+
+
+def in_words(figures: dict[str, float]) -> str:
   return (
     f'{figures["seconds"] / 3600:.2f} h since the first of {figures["starts"]} starts; goodput {figures["goodput"]:.0f} % '
     '(steps that counted; the rest: starting, compiling, evaluating, waiting)'

@@ -6,6 +6,9 @@ was reached, and only then pull the next batch. A state whose loss was not finit
 
 import contextlib
 import dataclasses
+import importlib.metadata
+import math
+import platform
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -17,12 +20,13 @@ import numpy as np
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
+from beitv2_jax import __version__, storage, tasks
 from beitv2_jax import config as config_lib
-from beitv2_jax import storage, tasks
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.kernels import attention, chip, functions
-from beitv2_jax.training import evaluate, events, optim, sharding
+from beitv2_jax.reports import draw
+from beitv2_jax.training import evaluate, events, optim, report, sharding, terminal, trackers
 from beitv2_jax.training.checkpoint import Checkpoints
 from beitv2_jax.training.events import Events
 from beitv2_jax.training.interruptions import Interrupted, Signals
@@ -34,8 +38,10 @@ from beitv2_jax.training.train_step import make_train_step
 from beitv2_jax.weights import stages, trees
 
 
-def run(config: Any, workdir: str | Path) -> dict[str, float]:
+def run(config: Any, workdir: str | Path, about: dict[str, Any] | None = None) -> dict[str, float]:
   """Trains `config` in `workdir`, going on from its newest checkpoint. Returns the last evaluation.
+
+  `about` is kept with the record of this start: `recipe`, and what is `changed` in it.
 
   Raises: UserError (bad input, or a workdir in use), Interrupted (a signal; the state is saved), FloatingPointError (the loss is not
   finite), SaveError.
@@ -46,12 +52,13 @@ def run(config: Any, workdir: str | Path) -> dict[str, float]:
   setup = prepare(config, workdir)
   storage.check_writable(workdir, f'.writable-{jax.process_index()}')
   with Lock(workdir):
-    training = begin(setup)
+    training = begin(setup, about or {})
     try:
       with training.signals, jax.set_mesh(setup.mesh):
         training.loop()
         return training.finish()
     except Interrupted:
+      training.report_page.refresh(now=True)
       training.metrics.say(f'stopped at step {training.step} and saved; the same command goes on from there.')
       raise
     finally:
@@ -100,6 +107,7 @@ def planned_steps(config: Any, images: int) -> tuple[int, int]:
 def prepare(config: Any, workdir: Any) -> Setup:
   """Opens data, task and mesh, and plans where the state will lie. Writes nothing. Raises UserError for bad input."""
   config_lib.check(config)
+  trackers.check(config.get('track', ''))
   opened = {split: sources.make(config.data.source, split, config.data.dir, config.data.holdout) for split in ('train', 'eval')}
   task, frozen = tasks.make(config, source=opened['train'])
   understood = task.look_at(opened)
@@ -113,7 +121,7 @@ def prepare(config: Any, workdir: Any) -> Setup:
   return Setup(config, workdir, task, frozen, opened, transforms, steps, mesh, optimizer, schedule, layout, understood, *make_keys())
 
 
-def begin(setup: Setup) -> 'Training':
+def begin(setup: Setup, about: dict[str, Any]) -> 'Training':
   """The state of the newest checkpoint, or a new one, on the devices; metrics and batches from there on."""
   config, workdir = setup.config, setup.workdir
   checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
@@ -131,10 +139,17 @@ def begin(setup: Setup) -> 'Training':
     output = storage.Mirror(workdir)
     output.bring('metrics.jsonl')
     output.bring(events.NAME)
-    metrics = Metrics(output.folder, start, setup.steps, workdir.name)
+    output.bring('tracker.json')
+    metrics = Metrics(output.folder, start, setup.steps, workdir.name, setup.task.headline, config.get('track', ''), config)
     describe(setup, metrics, start, notes)
-    history = Events(output.folder, start, setup.steps, devices=setup.mesh.size, processes=jax.process_count())
-  check_kernels(config, metrics)
+    kind = jax.devices()[0].device_kind
+    history = Events(
+      output.folder, start, setup.steps, devices=setup.mesh.size, device=kind, processes=jax.process_count(), versions=versions(), **about
+    )
+    notes += check_kernels(config, metrics)
+    for note in notes:
+      if note.startswith('warning: '):
+        history.warn(start, note)
   return Training(setup, state, start, checkpoints, metrics, output, history)
 
 
@@ -174,8 +189,12 @@ def describe(setup: Setup, metrics: Metrics, start: int, notes: list[str]) -> No
     config_lib.save(config, workdir)
     storage.write(workdir / 'data.txt', '\n'.join(setup.understood) + '\n')
     storage.write(workdir / 'parameters.txt', parameter_overview.get_parameter_overview(params, include_stats=False) + '\n')
-  count, platform = int(parameter_overview.count_parameters(params)), jax.devices()[0].platform
-  metrics.say(f'{workdir.name}: {count:,} parameters, {setup.steps} steps of {config.batch_size} on {setup.mesh.size} {platform} devices')
+  images = len(setup.sources['train'])
+  metrics.say(
+    f'{workdir.name}: {WHAT[config.task]}, {int(parameter_overview.count_parameters(params)):,} parameters; {setup.steps:,} steps of '
+    f'{config.batch_size} images, {setup.steps * config.batch_size / images:,.1f} times over {images:,}; on {devices_in_words(setup.mesh)}, which each keep '
+    f'{terminal.size(bytes_a_device(setup.layout))} of parameters and moments between steps'
+  )
   if start:
     metrics.say(f'going on from step {start}')
   elif config.init_from:
@@ -184,13 +203,46 @@ def describe(setup: Setup, metrics: Metrics, start: int, notes: list[str]) -> No
     metrics.say(note)
 
 
-def check_kernels(config: Any, metrics: Metrics) -> None:
+def versions() -> dict[str, str]:
+  """What a run depends on for its numbers."""
+  return dict(beitv2_jax=__version__, python=platform.python_version()) | {
+    p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax')
+  }
+
+
+def check_kernels(config: Any, metrics: Metrics) -> list[str]:
   """Holds our kernels for this chip to plain XLA, and says which are left alone."""
   attention.check(config_lib.head_dims(config))
   functions.check()
   chip.agree()
-  for kernel, why in chip.refused.items():
-    metrics.say(f'warning: our {kernel} does not work on this chip ({why}); taking plain XLA, which is slower, unless the config insists.')
+  notes = [
+    f'warning: our {kernel} does not work on this chip ({why}); taking plain XLA, which is slower, unless the config insists.'
+    for kernel, why in chip.refused.items()
+  ]
+  for note in notes:
+    metrics.say(note)
+  return notes
+
+
+WHAT = dict(
+  clip='a small CLIP',
+  tokenizer='a visual tokenizer (VQ-KD)',
+  pretrain='masked image modelling (BEiT v2)',
+  classifier='a classifier',
+  segmenter='a segmenter (UperNet)',
+  pixels='a decoder of codes to pixels',
+)
+
+
+def devices_in_words(mesh: Any) -> str:
+  kind = jax.devices()[0].device_kind
+  return f'{mesh.size} {"CPU" if kind == "cpu" else kind} device{"s" * (mesh.size > 1)}'
+
+
+def bytes_a_device(layout: StateLayout) -> int:
+  """Of the state between steps, on the device that keeps most of it."""
+  sizes = jax.tree.map(lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize, layout.abstract, layout.shardings)
+  return sum(jax.tree.leaves(sizes))
 
 
 class Training:
@@ -203,6 +255,7 @@ class Training:
     self.setup, self.state, self.start, self.step = setup, state, start, start
     self.checkpoints, self.metrics, self.output = checkpoints, metrics, output
     self.events = history
+    self.report_page = report.Live(output.folder, setup.workdir.name, metrics.say, jax.process_index() == 0)
     self.frozen = sharding.put_replicated(setup.frozen, mesh)
     self.signals = Signals()
     self.profile = Profile(output.folder / 'profile', config.profile_steps if jax.process_index() == 0 else 0)
@@ -213,6 +266,8 @@ class Training:
     options, everywhere = config_lib.compiler_options(config), sharding.replicated(mesh)
     self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout.shardings, everywhere), compiler_options=options)
     self.eval_step = evaluate.make_eval_step(setup.task, mesh, options)
+    self.sample_step = jax.jit(setup.task.samples, out_shardings=everywhere, compiler_options=options)
+    self.sampled: dict | None = None  # the first evaluation images
     self.gather = jax.jit(lambda variables: variables, out_shardings=layout.gathered)
     self.pending: tuple | None = None  # (step, metrics, seconds waited for input) of the newest step, not looked at yet
     self.found_idle: list[bool] = []  # for each step since the last report: was the device done with the one before?
@@ -257,6 +312,7 @@ class Training:
         self.setup.task.finish(variables['params'], self.output.folder)
         self.events.note('finished', self.step)
         self.metrics.say(events.summary(self.output.folder))
+        self.report_page.refresh(now=True)
         self.output.send()
     return results
 
@@ -278,6 +334,7 @@ class Training:
       with writing(self.setup.workdir, self.checkpoints):
         self.metrics.keep()
         self.events.note('saved', self.step)
+        self.report_page.refresh()
         self.output.send()
         self.checkpoints.save(self.step, *self.state.split())
       self.saved = self.step
@@ -331,7 +388,7 @@ class Training:
         f'checkpoint is step {self.checkpoints.latest()}. Try a lower optim.lr, a longer warmup, optim.clip_norm, or dtype=float32, and look at '
         'the images near that step.'
       )
-    self.metrics.progress(step, values['loss'])
+    self.metrics.progress(step, values, self.setup.config.batch_size)
     with writing(self.setup.workdir, self.checkpoints):
       self.events.stepped(step, waited)
     if step % self.setup.config.log_every == 0 or step == self.setup.steps:
@@ -347,6 +404,9 @@ class Training:
     if warning and not self.warned:
       self.warned = True
       self.metrics.say(f'warning at step {step}: {warning}')
+      with writing(self.setup.workdir, self.checkpoints):
+        self.events.warn(step, warning)
+    self.report_page.refresh()
 
   def write(self, step: int, kind: str, values: dict[str, float]) -> None:
     with writing(self.setup.workdir, self.checkpoints):
@@ -362,7 +422,9 @@ class Training:
     arguments = (variables['params'], model_state, self.frozen)
     with self.events.evaluating():
       results = evaluate.run(setup.task, self.eval_step, arguments, self.until_asked_to_stop(rows), setup.mesh)
+      self.draw_samples(arguments)
     self.write(self.step, 'eval', results)
+    self.report_page.refresh()
     with writing(setup.workdir, self.checkpoints):
       self.output.send()
     return results
@@ -370,9 +432,25 @@ class Training:
   def until_asked_to_stop(self, rows: Iterable[dict]) -> Iterator[dict]:
     """`rows`; a run that is asked to stop does not evaluate to the end, which may be long: it does that when it goes on."""
     for row in rows:
+      self.sampled = self.sampled or row
       yield row
       if self.signals.stop():
         self.stop()
+
+  def draw_samples(self, arguments: tuple) -> None:
+    """What the model makes of the first evaluation images, for the report."""
+    config = self.setup.config
+    count = config.get('samples', 0)
+    if not count or self.sampled is None or config.task not in draw.CAPTIONS:
+      return
+    batch = sharding.put_batch(self.sampled, self.setup.mesh)
+    few = jax.jit(lambda batch: jax.tree.map(lambda x: x[:count], batch), out_shardings=sharding.replicated(self.setup.mesh))(batch)
+    arrays = jax.tree.map(np.asarray, jax.device_get(self.sample_step(*arguments, few)))
+    if jax.process_index() == 0:
+      size = config.model.get('codes', 0) or config.model.get('vocab', 0)
+      image = draw.samples(config.task, arrays, list(config.get('class_names') or ()), size)
+      self.report_page.sample(self.step, image)
+      self.metrics.picture(self.step, 'samples', image)
 
   def close(self) -> None:
     """Whatever ended the run is what matters now, so that a part that does not close is only named."""

@@ -1,4 +1,4 @@
-"""Where the numbers go: the terminal, a JSONL file and TensorBoard, written by process 0 alone."""
+"""Where the numbers go: the terminal, a JSONL file, TensorBoard and a tracker, written by process 0 alone."""
 
 import contextlib
 import json
@@ -6,27 +6,31 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore
+from tensorboardX.summary import image as image_summary
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from beitv2_jax import storage
+from beitv2_jax.training import terminal, trackers
 
 
 class Metrics:
-  """`write` keeps scalars; `progress` moves the bar. What cannot be written raises OSError, but for TensorBoard's files, which are dropped.
+  """`write` keeps scalars; `progress` moves the bar. What cannot be written raises OSError, but for what is for TensorBoard and trackers, which are
+  dropped. `headline` names the figures that the bar shows and full lines begin with.
 
   `workdir/metrics.jsonl` has one object a line: step, kind ('train' or 'eval') and the values; one line for each step and kind. On
   opening, lines after `start` are dropped, as are cut ones: a run that goes on writes them again. `evaluated` has the evaluations so far.
   """
 
-  def __init__(self, workdir: Path, start: int, steps: int, name: str):
+  def __init__(self, workdir: Path, start: int, steps: int, name: str, headline: Sequence[str] = (), track: str = '', config: Any = None):
     self.active = jax.process_index() == 0
     self.evaluated: dict[int, dict[str, float]] = {}
     if not self.active:
@@ -38,14 +42,22 @@ class Metrics:
     temporary.write_text(''.join(json.dumps(row) + '\n' for row in rows.values()))
     temporary.replace(self.path)
     self.file = self.path.open('ab', buffering=0)  # a line is in the file, or an error is raised, when `write` returns
-    self.bar = tqdm(initial=start, total=steps, desc=name, dynamic_ncols=True, mininterval=0.5, disable=None, file=sys.stderr)
+    self.steps, self.headline = steps, ('loss', *headline)
+    layout = '{desc} {percentage:3.0f} %|{bar:20}| {n_fmt}/{total_fmt}  {remaining} left{postfix}'
+    self.bar = tqdm(
+      initial=start, total=steps, desc=name, dynamic_ncols=True, mininterval=0.5, disable=None, file=sys.stderr, bar_format=layout
+    )
     self.board = Board(workdir / 'tensorboard', start, self.say)
+    self.tracker = trackers.Tracker(track, name, workdir, json.loads(config.to_json_best_effort()) if config else {}, self.say)
     self.clock = (start, time.monotonic())
 
-  def progress(self, step: int, loss: float) -> None:
-    if self.active:
+  def progress(self, step: int, values: Mapping[str, float], batch: int) -> None:
+    """Moves the live line to `step`, of `batch` images each."""
+    if self.active and not self.bar.disable:
+      rate = self.bar.format_dict['rate'] or 0.0
+      shown = [f'{batch * rate:,.0f} images/s', *(terminal.figure(k, values[k]) for k in self.headline if k in values)]
+      self.bar.set_postfix_str('  '.join(shown), refresh=False)
       self.bar.update(step - self.bar.n)
-      self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
 
   def rate(self, step: int) -> float:
     """Steps per second since the last call."""
@@ -64,9 +76,17 @@ class Metrics:
       line = line[self.file.write(line) :]
     if kind == 'eval':
       self.evaluated[step] = values
-    self.board.write(step, {f'{kind}/{k}': v for k, v in values.items()})
-    if kind == 'eval' or not sys.stderr.isatty():
-      self.say(f'{kind} {step}: ' + '  '.join(f'{k} {v:.5g}' for k, v in values.items()))
+    named = {f'{kind}/{k}': v for k, v in values.items()}
+    self.board.write(step, named)
+    self.tracker.write(step, named)
+    rate = values.get('steps_per_second', 0.0)
+    self.say(terminal.line(kind, step, self.steps, values, self.headline, (self.steps - step) / rate if rate > 0 else None))
+
+  def picture(self, step: int, name: str, image: Any) -> None:
+    """A PIL image for TensorBoard and the tracker."""
+    if self.active:
+      self.board.picture(step, name, image)
+      self.tracker.picture(step, name, image)
 
   def keep(self) -> None:
     """Until the lines so far would survive a power cut: to be called before a checkpoint that relies on them."""
@@ -81,11 +101,12 @@ class Metrics:
     if self.active:
       self.bar.close()
       self.board.close()
+      self.tracker.close()
       self.file.close()
 
 
 class Board:
-  """Scalars for TensorBoard. A run does not end for want of a picture: after the first failure it says so and writes no more."""
+  """Scalars and pictures for TensorBoard. A run does not end for want of a picture: after the first failure it says so and writes no more."""
 
   def __init__(self, folder: Path, start: int, say):
     self.say, self.events = say, None
@@ -110,6 +131,13 @@ class Board:
       for name, value in values.items():
         self.events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
       self.events.flush()
+
+  def picture(self, step: int, name: str, image: Any) -> None:
+    if self.events is None:
+      return
+    with self._dropped_if_it_fails():
+      summary = image_summary(name, np.asarray(image.convert('RGB')), dataformats='HWC')
+      self.events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
   def close(self) -> None:
     if self.events is not None:

@@ -9,6 +9,26 @@ from typing import Any
 
 from beitv2_jax import config as config_lib
 
+# Peak bf16 TFLOP/s of a device, from the makers' data sheets, by what JAX calls it (device_kind), in small letters.
+PEAKS = {
+  'tpu v4': 275,
+  'tpu v5 lite': 197,
+  'tpu v5e': 197,
+  'tpu v5p': 459,
+  'tpu v5': 459,
+  'tpu v6 lite': 918,
+  'tpu v6e': 918,
+  'a100': 312,
+  'h100': 989,
+  'h200': 989,
+}
+
+
+def peak(device_kind: str) -> float | None:
+  """Peak bf16 TFLOP/s of a device by JAX's name for it; None if it is not known."""
+  kind = device_kind.lower()
+  return PEAKS.get(kind) or next((PEAKS[name] for name in ('a100', 'h100', 'h200') if name in kind), None)
+
 
 def vit(width: int, depth: int, tokens: int, mlp_ratio: float = 4.0) -> float:
   """Blocks of a transformer on `tokens` tokens: 2T(4D² + 2rD²) for the matrices and 4T²D for attention, each."""

@@ -1,9 +1,22 @@
-"""Pictures that explain a codebook: which patches share a code, codes over images, masks with predicted codes."""
+"""Pictures that explain a model: which patches share a code, codes over images, masks with predicted codes, samples of a run."""
 
 import colorsys
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
+
+# Dark blue over green to yellow, even in lightness, and readable without seeing red and green apart: six points of matplotlib's viridis.
+HEAT = np.array([(68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37)], float)
+
+
+def heat(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
+  """[h, w] → colours, uint8 [h, w, 3], from `low` (the smallest value) to `high` (the largest)."""
+  low = values.min() if low is None else low
+  high = values.max() if high is None else high
+  place = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(HEAT) - 1)
+  left = np.minimum(place.astype(int), len(HEAT) - 2)
+  share = (place - left)[..., None]
+  return np.rint(HEAT[left] * (1 - share) + HEAT[left + 1] * share).astype(np.uint8)
 
 
 def patches_of(images: np.ndarray, patch: int) -> np.ndarray:
@@ -50,14 +63,14 @@ def overlay(image: np.ndarray, codes: np.ndarray, size: int, strength: float = 0
   return (image * (1 - weight) + tint * weight).astype(np.uint8)
 
 
-def strip(columns: list[list[np.ndarray]], scale: int = 3, gap: int = 4) -> Image.Image:
-  """Images side by side: columns of equal-sized uint8 pictures."""
+def strip(columns: list[list[np.ndarray]], gap: int = 4) -> Image.Image:
+  """Images side by side: columns of equal-sized uint8 pictures; small ones are enlarged to about 96 pixels."""
   h, w, _ = columns[0][0].shape
   sheet = np.full((len(columns[0]) * (h + gap), len(columns) * (w + gap), 3), 255, np.uint8)
   for x, column in enumerate(columns):
     for y, picture in enumerate(column):
       sheet[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = picture
-  return _enlarge(sheet, scale)
+  return _enlarge(sheet, max(1, round(96 / w)))
 
 
 def masked_predictions(images: np.ndarray, masks: np.ndarray, codes: np.ndarray, predicted: np.ndarray, size: int) -> Image.Image:
@@ -110,3 +123,49 @@ def imagined(images: np.ndarray, masks: np.ndarray, seen_as: np.ndarray, steps: 
 
 def _enlarge(sheet: np.ndarray, scale: int) -> Image.Image:
   return Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST)
+
+
+# What `samples` draws for each kind of stage.
+CAPTIONS = dict(
+  pretrain='From the top: the image; what the model sees; the codes behind the mask; the codes it predicts, crossed out where wrong.',
+  tokenizer="From the top: the image; its codes, one colour each; how far the decoder is from the teacher's features (yellow: far).",
+  pixels='From the top: the image; what the decoder draws from its codes alone.',
+  classifier='Below each image: the class that is predicted, and in brackets the right one where it is another.',
+  segmenter='From the top: the image; the right mask; the predicted one.',
+)
+
+
+def samples(task: str, arrays: dict[str, np.ndarray], names: list[str] | None = None, size: int = 0) -> Image.Image:
+  """What a task's `samples` gave, as one picture. `names` are those of classes, `size` is the number of codes."""
+  images = arrays['image']
+  if task == 'pretrain':
+    return masked_predictions(images, arrays['mask'], arrays['codes'], arrays['predicted'], size)
+  if task == 'tokenizer':
+    patch = images.shape[1] // arrays['codes'].shape[1]
+    far = [heat(d, 0, max(float(arrays['distance'].max()), 1e-6)).repeat(patch, 0).repeat(patch, 1) for d in arrays['distance']]
+    return strip([[image, overlay(image, codes, size), d] for image, codes, d in zip(images, arrays['codes'], far)])
+  if task == 'pixels':
+    return strip([[image, to_pixels(drawn)] for image, drawn in zip(images, arrays['drawn'])])
+  if task == 'segmenter':
+    colors = np.concatenate([palette(255), np.zeros((1, 3), np.uint8)])  # 255 is what no class is
+    tinted = lambda image, mask: (0.4 * image + 0.6 * colors[np.clip(mask, 0, 255)]).astype(np.uint8)
+    return strip(
+      [[image, tinted(image, mask), tinted(image, guess)] for image, mask, guess in zip(images, arrays['mask'], arrays['predicted'])]
+    )
+  return captioned(images, [told(int(p), int(t), names) for p, t in zip(arrays['predicted'], arrays['label'])])
+
+
+def told(predicted: int, right: int, names: list[str] | None) -> str:
+  name = lambda i: names[i] if names and i < len(names) else str(i)
+  return name(predicted) if predicted == right else f'{name(predicted)} ({name(right)})'
+
+
+def captioned(images: np.ndarray, words: list[str]) -> Image.Image:
+  """Images in a row with a line of words below each."""
+  row = strip([[image] for image in images])
+  page = Image.new('RGB', (row.width, row.height + 14), 'white')
+  page.paste(row, (0, 0))
+  pen, step = ImageDraw.Draw(page), row.width // len(images)
+  for i, text in enumerate(words):
+    pen.text((i * step, row.height), text[: max(step // 6, 1)], fill='black')
+  return page
