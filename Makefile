@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/beitv2_jax/xla
 
-.PHONY: demo demo-full test test-parity test-all lint clean
+.PHONY: demo demo-full test test-parity test-all browser lint clean
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m beitv2_jax demo $(ARGS)
 
@@ -17,6 +17,11 @@ test: $(VENV)/ready
 # Against torch, timm and Hugging Face, which come into the same environment; torch stays out of everything else.
 test-parity: $(VENV)/ready-parity
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m parity $(ARGS)
+
+# A Chromium for the tests of pages, which are skipped without one. Debian's or Ubuntu's package; elsewhere install one by hand.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name && exit 0; done; \
+	apt-get update -q && apt-get install -q -y --no-install-recommends chromium
 
 # Also what is slow and rarely tells anything that the others do not.
 test-all: $(VENV)/ready-parity

@@ -36,7 +36,8 @@ class Page:
     self.page.set_default_timeout(20_000)
     self.page.on('console', lambda message: message.type in ('error', 'warning') and self.wrong.append(message.text))
     self.page.on('pageerror', lambda error: self.wrong.append(str(error)))
-    self.page.on('requestfailed', lambda request: self.wrong.append(f'missing: {request.url}'))
+    # What the page itself gave up, by going elsewhere, is not missing.
+    self.page.on('requestfailed', lambda request: request.failure != 'net::ERR_ABORTED' and self.wrong.append(f'missing: {request.url}'))
     self.page.on('request', lambda request: request.url.startswith('http') and self.wrong.append(f'from the network: {request.url}'))
 
   def open(self, fragment=''):

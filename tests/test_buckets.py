@@ -88,7 +88,18 @@ def test_the_next_stage_starts_from_a_bucket_and_its_programs_are_kept_there(buc
     assert done.returncode == 0, done.stderr[-2000:]
   names = look("from beitv2_jax import storage; print(sorted(p.name for p in storage.place('gs://runs/second').iterdir()))")
   assert names == str(
-    ['checkpoints', 'compiled', 'config.json', 'data.txt', 'events.jsonl', 'metrics.jsonl', 'parameters.txt', 'tensorboard']
+    [
+      'checkpoints',
+      'compiled',
+      'config.json',
+      'data.txt',
+      'events.jsonl',
+      'metrics.jsonl',
+      'parameters.txt',
+      'report.html',
+      'samples',
+      'tensorboard',
+    ]
   )
   command = [sys.executable, '-m', 'beitv2_jax', 'checkpoints', '--from=gs://runs/second', '--verify']
   listed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -28,8 +28,9 @@ def test_the_chain_on_a_folder_of_images(tmp_path):
     assert summary[key].keys() == {'probe', 'probe5', 'knn'} and all(0 <= v <= 100 for v in summary[key].values())
   assert summary['codes_total'] == 64 and 0 < summary['codes_used'] <= 64 and 1 <= summary['perplexity'] <= 64
   assert 0 <= summary['mim_acc'] <= 100 and 0 < summary['mim_acc_floor'] <= 100
-  page = (out / 'report.html').read_text()
-  assert page.count('<img src="data:image/png;base64,') == 9 and 'k-NN' in page
+  page = (out / 'report.html').read_text().split('<script>')[0]
+  assert (out / 'explorer' / 'data' / 'summary.js').is_file()
+  assert page.count('<img src="data:image/png;base64,') == 5 and page.count('<figure class="chart"') == 4 and 'k-NN' in page
   assert 'linear probe %' in done.stdout and '--config=configs/demo.py:stage=vqkd' in done.stdout
 
 
@@ -62,5 +63,5 @@ def test_gallery_rows_hold_patches_of_their_code():
   predicted = codes.copy()
   predicted[0, 0, 0] = 3
   strip = np.asarray(pictures.masked_predictions(images, np.ones_like(codes, bool), codes, predicted, 5))
-  assert strip.shape == (4 * 12 * 3, 2 * 12 * 3, 3)
-  assert (strip[36:60, :24] == 128).all()  # everything was hidden
+  assert strip.shape == (4 * 12 * 12, 2 * 12 * 12, 3)
+  assert (strip[144:240, :96] == 128).all()  # everything was hidden

@@ -140,6 +140,16 @@ def test_ade20k_layout_and_labels(tmp_path):
     decode.mask((tmp_path / 'images' / 'validation' / 'ADE_1.jpg').read_bytes())
 
 
+def test_an_archive_is_to_be_unpacked(tmp_path):
+  (tmp_path / 'ADEChallengeData2016.zip').write_bytes(b'PK')
+  with pytest.raises(UserError, match='is a file; unpack it .* and name the folder'):
+    sources.make(f'scenes:{tmp_path}/ADEChallengeData2016.zip', 'train')
+  for kind in ('images', 'annotations'):  # unpacked into a folder made for it
+    (tmp_path / 'ADEChallengeData2016' / kind / 'training').mkdir(parents=True)
+    Image.fromarray(scene(0)[0][..., 0]).save(tmp_path / 'ADEChallengeData2016' / kind / 'training' / 'x.png')
+  assert len(sources.make(f'scenes:{tmp_path}', 'train')) == 1
+
+
 def test_augmentation_keeps_image_and_mask_together():
   """The class can still be read off the colour after resizing, cropping and mirroring; padding is marked."""
   steps = [

@@ -1,9 +1,10 @@
-"""The whole chain at toy size: a small CLIP, VQ-KD, BEiT v2, a decoder of codes to pixels, then a table, pictures and curves in --out.
+"""The whole chain at toy size: a small CLIP, VQ-KD, BEiT v2, a decoder of codes to pixels, then a table, pictures, curves and an
+explorer of the codebook in --out.
 
   python -m beitv2_jax demo
   python -m beitv2_jax demo --data folder:PATH --out runs/mine
 
-Needs scikit-learn and matplotlib: pip install 'beitv2_jax[demo]'. Every stage is one `python -m beitv2_jax.main`, which is printed before
+Needs scikit-learn: pip install 'beitv2_jax[demo]'. Every stage is one `python -m beitv2_jax.main`, which is printed before
 it runs. Without --data the images are scikit-learn's handwritten digits; of your own, give one folder a class.
 """
 
@@ -57,7 +58,6 @@ def main(argv: list[str] | None = None) -> int:
     raise UserError(f'--steps {args.steps:g}: a share of the usual steps, above 0.')
   began = time.time()
   try:
-    import matplotlib  # noqa: F401
     import sklearn  # noqa: F401
   except ImportError as e:
     raise UserError(f"the demo needs {e.name}: pip install 'beitv2_jax[demo]'.") from e
@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
   except StageFailed as e:
     return e.code
   process.use_compilation_cache()
-  from beitv2_jax.pictures import demo_report
+  from beitv2_jax.pictures import demo_report, explorer
 
   demo_report.report(args.out, began, args.full)
+  models = explorer.Models.load(f'{args.out}/vqkd', None, f'{args.out}/pixels', f'{args.out}/pretrained')
+  page = explorer.build(models, explorer.Images.of(args.data, 'all', args.data_dir, 2000), args.out / 'explorer', shown=300, batch=100)
+  print(f'Explorer: {page}   (open it in a browser)')
   return 0

@@ -43,7 +43,13 @@ class Scenes:
 
   def __init__(self, where: str, split: str, holdout: float = 0.1, **_):
     root = Path(where).expanduser()
+    if root.is_file():
+      raise UserError(f'data.source=scenes:{where} is a file; unpack it (unzip -q {root.name}) and name the folder that comes out.')
     pairs = _pairs_of_folders(root) if root.is_dir() else {}
+    if not pairs and root.is_dir():  # where an archive was unpacked into a folder made for it
+      inner = [d for d in sorted(root.iterdir()) if d.is_dir() and _pairs_of_folders(d)]
+      if len(inner) == 1:
+        root, pairs = inner[0], _pairs_of_folders(inner[0])
     if not pairs or (split not in pairs and '' not in pairs):
       have = f'only {", ".join(pairs)} there' if pairs else 'none there'
       raise UserError(

@@ -33,6 +33,7 @@ SHARES = dict(
   workers=(0.5, 3),
   peers=(0.7, 6),
   buckets=(0.7, 6),
+  gone=(0.7, 4),
 )
 ROUND = 120.0  # seconds of one worker
 
