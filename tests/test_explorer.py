@@ -1,6 +1,7 @@
 """The explorer's figures and files; test_explorer_page.py opens them in a browser."""
 
 import base64
+import json
 import shutil
 
 import numpy as np
@@ -198,6 +199,26 @@ def test_faces_of_a_pixel_decoder(stages, tmp_path):
   assert explore(stages, tmp_path, '--pixels', f'{stages}/pixels') == 0
   book = files.read_summary(tmp_path)['books'][0]
   assert book['faces'] and Image.open(tmp_path / 'a' / 'means' / '000.png').size == (2 * files.MEAN, book['used'] * files.MEAN)
+
+
+def test_without_the_teacher_the_decoder_stands_in(stages, tmp_path):
+  shutil.copytree(stages / 'one', tmp_path / 'one')
+  config = json.loads((tmp_path / 'one' / 'config.json').read_text())
+  config['teacher'] = dict(kind='clip', name=str(tmp_path / 'gone'))
+  (tmp_path / 'one' / 'config.json').write_text(json.dumps(config))
+  out = tmp_path / 'site'
+  assert commands.run('explore', ['--from', f'{tmp_path}/one', '--data', f'folder:{stages}/images', '--out', str(out), '--limit', '4']) == 0
+  summary = files.read_summary(out)
+  assert 'as the tokenizer' in summary['look']['target'] and summary['look']['dimensions'] == 8
+  # Its eight directions are all there are: the cosines are those of the decoder's features.
+  image = np.asarray(Image.open(stages / 'images' / f'kind {summary["labels"][0]}' / summary['names'][0]))
+  from beitv2_jax.data.transforms import CenterCrop
+
+  features = np.asarray(beitv2_jax.load(tmp_path / 'one').reconstruct(CenterCrop(32)(dict(image=image), None)['image'][None]))[0]
+  features = features / np.linalg.norm(features, axis=1, keepdims=True)
+  look = files.read(out / 'images' / 'looks' / '00000.js')
+  short = np.frombuffer(base64.b64decode(look['features']), np.int8).reshape(16, 8) / look['scale']
+  np.testing.assert_allclose(short @ short.T, features @ features.T, atol=0.03)
 
 
 def test_a_source_of_one_image_without_labels(stages, tmp_path):

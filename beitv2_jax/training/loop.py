@@ -91,6 +91,7 @@ class Setup:
   schedule: Callable
   layout: StateLayout
   understood: list[str]  # what the data are taken to be
+  began: float  # time.monotonic() when it was prepared
   init_key: jax.Array
   warm_start_key: jax.Array
   step_key: jax.Array
@@ -106,6 +107,7 @@ def planned_steps(config: Any, images: int) -> tuple[int, int]:
 
 def prepare(config: Any, workdir: Any) -> Setup:
   """Opens data, task and mesh, and plans where the state will lie. Writes nothing. Raises UserError for bad input."""
+  began = time.monotonic()
   config_lib.check(config)
   trackers.check(config.get('track', ''))
   opened = {split: sources.make(config.data.source, split, config.data.dir, config.data.holdout) for split in ('train', 'eval')}
@@ -118,7 +120,7 @@ def prepare(config: Any, workdir: Any) -> Setup:
   # Made on the mesh: a key on one device would have to move to the others in every step.
   make_keys = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed), 3)), out_shardings=sharding.replicated(mesh))
   layout = state_layout(task, optimizer, mesh, config)
-  return Setup(config, workdir, task, frozen, opened, transforms, steps, mesh, optimizer, schedule, layout, understood, *make_keys())
+  return Setup(config, workdir, task, frozen, opened, transforms, steps, mesh, optimizer, schedule, layout, understood, began, *make_keys())
 
 
 def begin(setup: Setup, about: dict[str, Any]) -> 'Training':
@@ -239,6 +241,14 @@ def devices_in_words(mesh: Any) -> str:
   return f'{mesh.size} {"CPU" if kind == "cpu" else kind} device{"s" * (mesh.size > 1)}'
 
 
+def device_memory() -> str:
+  """'; at most 11.2 GiB of 15.7 GiB were in use on a device', where the device tells."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if not {'peak_bytes_in_use', 'bytes_limit'} <= stats.keys():
+    return ''
+  return f'; at most {terminal.size(stats["peak_bytes_in_use"])} of {terminal.size(stats["bytes_limit"])} were in use on a device'
+
+
 def bytes_a_device(layout: StateLayout) -> int:
   """Of the state between steps, on the device that keeps most of it."""
   sizes = jax.tree.map(lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize, layout.abstract, layout.shardings)
@@ -253,6 +263,7 @@ class Training:
   ):
     config, mesh, layout = setup.config, setup.mesh, setup.layout
     self.setup, self.state, self.start, self.step = setup, state, start, start
+    self.began = setup.began
     self.checkpoints, self.metrics, self.output = checkpoints, metrics, output
     self.events = history
     self.report_page = report.Live(output.folder, setup.workdir.name, metrics.say, jax.process_index() == 0)
@@ -389,6 +400,10 @@ class Training:
         'the images near that step.'
       )
     self.metrics.progress(step, values, self.setup.config.batch_size)
+    if self.events.first:
+      self.metrics.say(
+        f'the first step was done after {terminal.duration(time.monotonic() - self.began)} (opening, compiling){device_memory()}'
+      )
     with writing(self.setup.workdir, self.checkpoints):
       self.events.stepped(step, waited)
     if step % self.setup.config.log_every == 0 or step == self.setup.steps:
