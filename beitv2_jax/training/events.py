@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from beitv2_jax.training import terminal
+
 NAME = 'events.jsonl'
 
 
@@ -67,7 +69,7 @@ def summary(workdir: Any) -> str:
 
 def in_words(figures: dict[str, float]) -> str:
   return (
-    f'{figures["seconds"] / 3600:.2f} h since the first of {figures["starts"]} starts; goodput {figures["goodput"]:.0f} % '
+    f'{terminal.duration(figures["seconds"])} since the first of {figures["starts"]:.0f} start{"s" * (figures["starts"] > 1)}; goodput {figures["goodput"]:.0f} % '
     '(steps that counted; the rest: starting, compiling, evaluating, waiting)'
   )
 
