@@ -6,6 +6,7 @@ name is an error with a suggestion. `config.json` in a workdir is what the next 
 
 import ast
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,9 @@ def tokenizer_model(**changes: Any) -> ConfigDict:
     codes=8192,
     code_dim=32,
     decay=0.99,  # of the codebook's EMA
+    quantizer='ema',  # the paper's; or 'simvq', 'fsq' (models/quantizer.py)
+    gradient='straight_through',  # through the codes, as the paper; or 'rotation'
+    levels=(),  # of fsq: points of each dimension; their product is `codes`, their number `code_dim`
     init_scheme='normal',
     teacher_width=0,  # filled in from the teacher
   )
@@ -146,6 +150,16 @@ def tokenizer_model(**changes: Any) -> ConfigDict:
 def tiny_tokenizer() -> ConfigDict:
   side = dict(width=32, heads=2)
   return tokenizer_model(patch_size=8, encoder=dict(depth=2, **side), decoder=dict(depth=1, **side), codes=32, code_dim=8)
+
+
+def choose_quantizer(model: ConfigDict, name: str, levels: tuple[int, ...]) -> None:
+  """Sets a tokenizer's quantizer by one word: 'ema', 'rotation' (the same with the rotation trick), 'simvq', or 'fsq' with these levels."""
+  if name == 'rotation':
+    model.gradient = 'rotation'
+  else:
+    model.quantizer = name
+  if name == 'fsq':
+    model.update(levels=levels, codes=math.prod(levels), code_dim=len(levels))
 
 
 def image_shape(config: Any) -> tuple[int, int, int]:
@@ -226,6 +240,12 @@ def _check_model(config: ConfigDict) -> None:
       raise UserError(f'{path}.width={sizes.width} does not divide into {path}.heads={sizes.heads}.')
     if 'width' in sizes and int(sizes.width * (sizes.get('mlp_ratio') or config.model.get('mlp_ratio', 4))) < 1:
       raise UserError(f'model.mlp_ratio={config.model.mlp_ratio} leaves no hidden unit at {path}.width={sizes.width}.')
+    if sizes.get('quantizer') == 'fsq' and (math.prod(sizes.levels) != sizes.codes or len(sizes.levels) != sizes.code_dim):
+      raise UserError(
+        f'{path}.levels={tuple(sizes.levels)}: of an fsq tokenizer their number is {path}.code_dim={sizes.code_dim}, their product {path}.codes={sizes.codes}.'
+      )
+    if sizes.get('quantizer') == 'fsq' and sizes.gradient != 'straight_through':
+      raise UserError(f'{path}.gradient={sizes.gradient} needs vectors of a length; fsq takes straight_through.')
     if 'early_layer' in sizes and sizes.get('head_layers', 1) and not sizes.early_layer < sizes.depth:
       raise UserError(f'{path}.early_layer={sizes.early_layer}: a block before the last of model.depth={sizes.depth}.')
     if max(sizes.get('out_indices', (0,))) >= sizes.get('depth', 1):

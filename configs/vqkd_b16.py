@@ -7,6 +7,7 @@ Expected: 100 % of the codes used with decoder=1, 97 % with decoder=3, 100 % wit
   python -m beitv2_jax.main --config=configs/vqkd_b16.py --workdir=runs/vqkd_b16
   python -m beitv2_jax.main --config=configs/vqkd_b16.py:teacher=dino,decoder=1 --workdir=runs/vqkd_b16_dino
   python -m beitv2_jax.main --config=configs/vqkd_b16.py:small_data --workdir=runs/mine --config.data.source=folder:PATH
+  python -m beitv2_jax.main --config=configs/vqkd_b16.py:quantizer=fsq --workdir=runs/vqkd_fsq
   python -m beitv2_jax.main --config=configs/vqkd_b16.py:smoke --workdir=runs/smoke
 """
 
@@ -16,12 +17,13 @@ from beitv2_jax import config
 
 
 def get_config(arg=None):
-  arg = config.parse_arg(arg, teacher='clip', decoder=3, small_data=False, smoke=False)
+  arg = config.parse_arg(arg, teacher='clip', decoder=3, small_data=False, quantizer='ema', smoke=False)
   c = config.base('tokenizer').unlock()
   c.batch_size = 512
   c.epochs = 100.0
   c.model = config.tokenizer_model()
   c.model.decoder.depth = arg.decoder
+  config.choose_quantizer(c.model, arg.quantizer, levels=(8, 8, 8, 16))  # ema, rotation, simvq or fsq
   c.teacher = ConfigDict(dict(kind=arg.teacher, name={'clip': 'openai/clip-vit-base-patch16', 'dino': 'facebook/dino-vitb16'}[arg.teacher]))
   c.codebook = ConfigDict(
     dict(
@@ -38,5 +40,6 @@ def get_config(arg=None):
   if arg.smoke:
     config.smoke(c)
     c.model = config.tiny_tokenizer()
+    config.choose_quantizer(c.model, arg.quantizer, levels=(8, 4))
     c.teacher.kind = 'untrained'
   return c.lock()

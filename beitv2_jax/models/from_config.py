@@ -20,7 +20,10 @@ from beitv2_jax.models.vqkd import VQKD
 def _tokenizer(model: Any, **common: Any) -> VQKD:
   sizes = {f'{side}_{k}': model[side][k] for side in ('encoder', 'decoder') for k in ('width', 'depth', 'heads')}
   names = ('patch_size', 'codes', 'code_dim', 'teacher_width', 'mlp_ratio', 'init_scheme')
-  return VQKD(**{k: model[k] for k in names}, **sizes, **common)
+  chosen = dict(
+    quantizer_kind=model.get('quantizer', 'ema'), gradient=model.get('gradient', 'straight_through'), levels=tuple(model.get('levels', ()))
+  )
+  return VQKD(**{k: model[k] for k in names}, **chosen, **sizes, **common)
 
 
 def _segmenter(model: Any, **common: Any) -> Segmenter:

@@ -1,8 +1,9 @@
-"""The l2-normalised codebook with EMA updates (paper section 2.1; official norm_ema_quantizer)."""
+"""The l2-normalised codebook with EMA updates (paper section 2.1; official norm_ema_quantizer), and three remedies for dead codes."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from beitv2_jax.kernels.functions import exact
 
@@ -74,32 +75,105 @@ def revive(key: jax.Array, embedding: jax.Array, usage: jax.Array, z: jax.Array,
   return jnp.where(chosen[:, None], fresh, embedding), jnp.where(chosen, usage.mean(), usage)
 
 
-def update(book: dict[str, jax.Array], counts: jax.Array, sums: jax.Array, decay: float) -> dict[str, jax.Array]:
-  """The codebook after a training step that assigned `counts` [K] tokens of sum `sums` [K, C] (to the codebook before it)."""
-  usage = decay * book['usage'] + (1 - decay) * counts
-  return book | dict(usage=usage, embedding=ema_update(book['embedding'], counts, sums, decay))
+def update(
+  book: dict[str, jax.Array], counts: jax.Array, sums: jax.Array, decay: float, projection: jax.Array | None = None
+) -> dict[str, jax.Array]:
+  """The codebook after a training step that assigned `counts` [K] tokens of sum `sums` [K, C] (to the codebook before it).
+
+  Of a `simvq` codebook, that its `projection` after the step gives; a `fsq` one stays as it is (its `sums` are not looked at).
+  """
+  book = book | dict(usage=decay * book['usage'] + (1 - decay) * counts)
+  if projection is not None:
+    return book | dict(embedding=projected(book['base'], projection))
+  return book if 'levels' in book else book | dict(embedding=ema_update(book['embedding'], counts, sums, decay))
+
+
+def projected(base: jax.Array, projection: jax.Array) -> jax.Array:
+  """The codes of SimVQ [K, C]: a frozen random codebook through one learned matrix, so that all codes move with those in use."""
+  return l2norm(jnp.dot(base, projection, precision=exact()))
+
+
+def fsq_bounds(levels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(half widths, offsets, divisors) of FSQ's dimensions: `tanh(x + shift) * half - offset` rounds to the integers of a dimension."""
+  count = np.array(levels, np.float32)
+  return (count - 1) * 1.001 / 2, np.where(count % 2 == 0, 0.5, 0.0).astype(np.float32), count // 2
+
+
+def fsq_bound(x: jax.Array, levels: tuple[int, ...]) -> jax.Array:
+  """Encoder outputs [..., C] → the box in which codes are a grid of `levels` points a dimension, from -1 to about 1 (arXiv 2309.15505)."""
+  half, offset, divisor = fsq_bounds(levels)
+  return (jnp.tanh(x + np.arctanh(offset / half)) * half - offset) / divisor
+
+
+def fsq_codes(z: jax.Array, levels: tuple[int, ...]) -> jax.Array:
+  """The nearest grid point's number [...], the first dimension counting fastest."""
+  digits = jnp.round(z * (np.array(levels) // 2)) + np.array(levels) // 2
+  return (digits * np.cumprod([1, *levels[:-1]])).sum(-1).astype(jnp.int32)
+
+
+def fsq_grid(levels: tuple[int, ...]) -> np.ndarray:
+  """All points of the grid, [K, C], in the order of `fsq_codes`."""
+  digits = np.arange(np.prod(levels))[:, None] // np.cumprod([1, *levels[:-1]]) % np.array(levels)
+  return ((digits - np.array(levels) // 2) / (np.array(levels) // 2)).astype(np.float32)
+
+
+def straight_through(z: jax.Array, quantized: jax.Array) -> jax.Array:
+  """`quantized`, whose gradient is passed on to z as it is."""
+  return z + jax.lax.stop_gradient(quantized - z)
+
+
+def rotation(z: jax.Array, quantized: jax.Array) -> jax.Array:
+  """`quantized`, whose gradient is turned back by the rotation (and scale) that takes z there (the rotation trick, arXiv 2410.06424)."""
+  z_unit, q_unit = jax.lax.stop_gradient((l2norm(z), l2norm(quantized)))
+  middle = l2norm(z_unit + q_unit)
+  scale = jax.lax.stop_gradient(
+    jnp.linalg.norm(quantized, axis=-1, keepdims=True) / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
+  )
+  along = lambda direction: (z * direction).sum(-1, keepdims=True)
+  return scale * (z - 2 * along(middle) * middle + 2 * along(z_unit) * q_unit)
+
+
+GRADIENTS = dict(straight_through=straight_through, rotation=rotation)
 
 
 class Quantizer(nn.Module):
-  """z [B, N, C] unit vectors → (straight-through codes [B, N, C], indices [B, N], commitment loss, counts [K], sums [K, C]).
+  """z [B, N, C] → (codes with a gradient [B, N, C], indices [B, N], commitment loss, counts [K], sums [K, C]).
 
-  The `codebook` collection holds `embedding` [K, C] (unit rows), `usage` [K] (EMA of tokens per code, as in the official
-  checkpoints) and `cluster_size` [K] (k-means counts). A call only reads it; `update` moves it, by what the call returned.
+  | kind    | codes                                               | z                  |
+  |---------|-----------------------------------------------------|--------------------|
+  | `ema`   | unit vectors that follow their tokens (the paper's) | unit vectors       |
+  | `simvq` | a frozen codebook through a learned matrix (arXiv 2411.02038) | unit vectors |
+  | `fsq`   | a fixed grid of `levels` points a dimension (arXiv 2309.15505); no commitment loss | `fsq_bound`'s box |
+
+  The `codebook` collection holds `embedding` [K, C], `usage` [K] (EMA of tokens per code, as in the official checkpoints) and `cluster_size`
+  [K] (k-means counts); of `simvq` also `base`, of `fsq` also `levels`. A call only reads it; `update` moves it, by what the call returned.
   """
 
   size: int
   dim: int
+  kind: str = 'ema'
+  gradient: str = 'straight_through'
+  levels: tuple[int, ...] = ()
 
   @nn.compact
   def __call__(self, z):
     def start():
       return l2norm(jax.random.normal(self.make_rng('params'), (self.size, self.dim)))
 
-    embedding = self.variable('codebook', 'embedding', start)
+    grid = self.kind == 'fsq'
+    embedding = self.variable('codebook', 'embedding', (lambda: jnp.asarray(fsq_grid(self.levels))) if grid else start).value
     self.variable('codebook', 'usage', jnp.zeros, (self.size,))
     self.variable('codebook', 'cluster_size', jnp.zeros, (self.size,))
-    codes = nearest(z, embedding.value)
-    quantized = embedding.value[codes]
+    if grid:
+      self.variable('codebook', 'levels', lambda: jnp.array(self.levels, jnp.int32))
+    if self.kind == 'simvq':
+      base = self.variable('codebook', 'base', lambda: embedding).value
+      embedding = projected(base, self.param('projection', lambda _: jnp.eye(self.dim)))
+    codes = fsq_codes(z, self.levels) if grid else nearest(z, embedding)
+    quantized = embedding[codes]
     commitment = jnp.mean((jax.lax.stop_gradient(quantized) - z) ** 2)
+    if self.kind == 'simvq':
+      commitment += jnp.mean((quantized - jax.lax.stop_gradient(z)) ** 2)
     counts, sums = cluster_sums(jax.lax.stop_gradient(z), codes, self.size)
-    return z + jax.lax.stop_gradient(quantized - z), codes, commitment, counts, sums
+    quantized = GRADIENTS[self.gradient](z, jax.lax.stop_gradient(quantized))
+    return quantized, codes, 0.0 * commitment if grid else commitment, counts, sums

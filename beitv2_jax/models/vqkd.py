@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from beitv2_jax.models.layers import Execution, Init, LayerNorm, Linear
-from beitv2_jax.models.quantizer import Quantizer, l2norm
+from beitv2_jax.models.quantizer import Quantizer, fsq_bound, l2norm
 from beitv2_jax.models.vit import ViT
 
 
@@ -54,6 +54,9 @@ class VQKD(nn.Module):
   decoder_depth: int = 3
   decoder_heads: int = 12
   mlp_ratio: float = 4.0
+  quantizer_kind: str = 'ema'  # see Quantizer
+  gradient: str = 'straight_through'
+  levels: tuple[int, ...] = ()
   init_scheme: str = 'normal'
   execution: Execution = Execution()
   dtype: Any = jnp.float32
@@ -76,13 +79,14 @@ class VQKD(nn.Module):
 
     self.encoder = PatchEncoder(vit('encoder', self.patch_size))
     self.encode_head = TaskHead(self.encoder_width, self.code_dim, init)
-    self.quantizer = Quantizer(self.codes, self.code_dim)
+    self.quantizer = Quantizer(self.codes, self.code_dim, self.quantizer_kind, self.gradient, self.levels)
     self.decoder = PatchEncoder(vit('decoder', 1))
     self.decode_head = TaskHead(self.decoder_width, self.teacher_width, init, self.dtype)
 
   def encode(self, images):
-    """[B, h, w, 3] in [-1, 1] → unit vectors [B, N, C]."""
-    return l2norm(self.encode_head(self.encoder(images)))
+    """[B, h, w, 3] in [-1, 1] → unit vectors [B, N, C]; of an FSQ tokenizer, points of its box."""
+    z = self.encode_head(self.encoder(images))
+    return fsq_bound(z, self.levels) if self.quantizer_kind == 'fsq' else l2norm(z)
 
   def encoder_states(self, images, taps=()):
     """Raw block outputs of the encoder, as ViT returns them."""

@@ -27,6 +27,10 @@ def released(dtype: str) -> tuple[VQKD, Any, Any]:
 
 def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
   open_teacher = teacher.abstract if abstract else teacher.load
+  if config.codebook.revive > 0 and config.model.quantizer != 'ema':
+    raise UserError(
+      f'codebook.revive moves codes of an ema codebook; those of model.quantizer={config.model.quantizer} are not moved one by one.'
+    )
   teacher_model, frozen = open_teacher(config.teacher.kind, config.teacher.name, config_lib.patch_grid(config), jnp.dtype(config.dtype))
   config.model.teacher_width = teacher_model.width  # so that config.json describes the whole model
   return TokenizerTask(config, from_config.build(config), teacher_model), frozen
@@ -68,12 +72,12 @@ class TokenizerTask(Task):
     return image_transforms(config.data, train)
 
   def warm_start(self, params, model_state, frozen, batch, key):
-    if not self.config.codebook.kmeans:
+    if not self.config.codebook.kmeans or self.config.model.quantizer == 'fsq':  # whose codes are fixed
       return model_state
     z = self.model.apply({'params': params, **model_state}, vqkd_images(batch['image']), method='encode')
     means, counts = quantizer.kmeans_start(key, z.reshape(-1, z.shape[-1]), self.config.model.codes, self.config.codebook.kmeans_samples)
-    book = model_state['codebook']['quantizer']
-    return {'codebook': {'quantizer': book | dict(embedding=means, cluster_size=counts)}}
+    book = model_state['codebook']['quantizer'] | dict(embedding=means, cluster_size=counts)
+    return {'codebook': {'quantizer': book | (dict(base=means) if 'base' in book else {})}}
 
   def _forward(self, variables, frozen, images):
     target = self.teacher.apply(frozen, unit_images(images)).astype(jnp.float32)
@@ -89,7 +93,13 @@ class TokenizerTask(Task):
 
   def update(self, model_state, stats, key, params):
     counts, revival = stats['counts'].sum(0), self.config.codebook.revive
-    book = quantizer.update(model_state['codebook']['quantizer'], counts, stats['sums'].sum(0), self.config.model.decay)
+    book = quantizer.update(
+      model_state['codebook']['quantizer'],
+      counts,
+      stats['sums'].sum(0),
+      self.config.model.decay,
+      params.get('quantizer', {}).get('projection'),
+    )
     metrics = code_statistics(counts) | dict(dead_codes=100 * quantizer.dead(book['usage']).mean())
     if revival > 0:
       embedding, usage = quantizer.revive(key, book['embedding'], book['usage'], stats['z'], revival)
