@@ -223,6 +223,8 @@ SETTINGS: dict[str, Any] = {
   'model.pool_scales': Several(count(1, 64)),
   'model.projection': count(1, 65536),
   'model.text_length': count(3, 10000),
+  'target': Choice(('codes', 'features', 'pixels')),
+  'mask.kind': Choice(('block', 'random')),
   'mask.count': count(1),
   'mask.min_block': count(1),
   'mask.max_block': count(0),

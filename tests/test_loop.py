@@ -1,9 +1,12 @@
 """The loop: going on after a stop, starting from other weights, broken runs, checkpoints."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import beitv2_jax
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.training import checkpoint, loop, metrics
@@ -147,3 +150,52 @@ def test_tokenizer_of_another_kind_and_patch(runs, tmp_path):
     loop.run(smoke('pretrain', tokenizer_from=str(runs[0] / 'tokenizer'), model__patch_size=16), tmp_path / 'b')
   with pytest.raises(UserError, match='mask.count=16'):
     loop.run(smoke('pretrain', mask__count=16), tmp_path / 'c')
+
+
+@pytest.mark.parametrize(
+  'target, extra', [('features', {}), ('pixels', {}), ('pixels', dict(model__head_layers=0)), ('codes', dict(mask__kind='random'))]
+)
+def test_controls_of_pretraining_train(tmp_path, target, extra):
+  """The same student with something else to predict; what it left is where fine-tuning starts."""
+  loop.run(smoke('pretrain', target=target, steps=30, optim__lr=3e-3, optim__warmup_epochs=0.0, **extra), tmp_path / 'run')
+  rows = metrics.read(tmp_path / 'run')
+  assert rows[-1]['loss_1'] < 0.97 * rows[0]['loss_1'] and ('loss_2' in rows[0]) == ('model__head_layers' not in extra)
+  loop.run(smoke('classifier', init_from=str(tmp_path / 'run'), steps=1), tmp_path / 'tuned')
+  if target != 'codes':
+    with pytest.raises(UserError, match=f'trained to predict {target}'):
+      beitv2_jax.load(tmp_path / 'run').masked_logits(np.zeros((1, 32, 32, 3), np.uint8), np.ones((1, 4, 4), bool))
+
+
+def test_targets_of_the_controls():
+  from beitv2_jax.tasks import make
+  from beitv2_jax.tasks.regress import normalized_patches
+
+  images = np.random.default_rng(0).uniform(0, 1, (2, 16, 24, 3)).astype(np.float32)
+  out = np.asarray(normalized_patches(images, 8))
+  patch = images[1, 8:16, 16:24]
+  np.testing.assert_allclose(out[1, 5], ((patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)).ravel(), atol=1e-5)
+  # The loss of features is VQ-KD's: 0 for the teacher's own features, whatever their length, and 2 for their opposite.
+  config = smoke('pretrain', target='features').unlock()
+  task, frozen = make(config)
+  batch = dict(image=(255 * np.random.default_rng(0).uniform(0, 1, (2, 32, 32, 3))).astype(np.uint8), mask_index=np.array([[0, 5], [3, 9]]))
+  target = task._target(frozen, batch['image'])
+
+  class Told:
+    def __init__(self, sign):
+      self.sign = sign
+
+    def apply(self, variables, images, index, **_):
+      return self.sign * 7 * np.take_along_axis(np.asarray(target), index[..., None], 1)[None]
+
+  for sign, right in ((1, 0), (-1, 2)):
+    losses = dataclasses.replace(task, model=Told(sign))._forward({}, frozen, batch)
+    np.testing.assert_allclose(losses['loss_1'], right, atol=1e-6)
+
+
+def test_random_masks():
+  from beitv2_jax.data.masking import RandomMask
+
+  drawn = [RandomMask((4, 5), 7)({}, np.random.default_rng(i))['mask_index'] for i in range(400)]
+  assert all(len(set(d.tolist())) == 7 and (np.diff(d) > 0).all() for d in drawn)
+  counts = np.bincount(np.concatenate(drawn), minlength=20)
+  assert len(counts) == 20 and counts.min() > 100 and counts.max() < 180  # 140 each on average

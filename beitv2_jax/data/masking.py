@@ -1,4 +1,4 @@
-"""Block-wise masking (paper section 2.2; the official MaskingGenerator, step by step)."""
+"""Block-wise masking (paper section 2.2; the official MaskingGenerator, step by step), and patches at random for comparison."""
 
 import dataclasses
 import math
@@ -55,3 +55,15 @@ class BlockMask:
         block[:] = True
         return new
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomMask:
+  """Adds `mask_index` [count] as BlockMask does, of cells drawn one by one."""
+
+  grid: tuple[int, int]
+  count: int
+
+  def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+    cells = rng.choice(self.grid[0] * self.grid[1], self.count, replace=False)
+    return record | dict(mask_index=np.sort(cells).astype(np.int32))

@@ -126,6 +126,8 @@ class Model:
   def masked_logits(self, images, mask, normalize: bool = True) -> list[jax.Array]:
     """One array [B, N, K] a branch for images whose patches in `mask` (bool [B, N] or [B, Gh, Gw]) are hidden."""
     x = self._input(images, normalize, ('pretrain',))
+    if self.config.get('target', 'codes') != 'codes':
+      raise UserError(f'this model was trained to predict {self.config.target}: it has no scores of codes.')
     if not self.config.model.vocab:
       raise UserError('this checkpoint came without its lm_head: there are no codes to predict.')
     mask, (gh, gw) = _array(mask, 'mask'), self.grid

@@ -95,12 +95,15 @@ def per_image(config: Any, tokenizer: Any = None) -> dict[str, float]:
     teacher = vit(model.encoder.width, model.encoder.depth, patches + 1, model.mlp_ratio)
     return {'student': 3 * (tokenizer_codes(model, patches) + tokenizer_decoder(model, patches)), 'teacher': teacher}
   if config.task == 'pretrain':
-    frozen = tokenizer or config_lib.tokenizer_model()
+    frozen, target = tokenizer or config_lib.tokenizer_model(), config.get('target', 'codes')
     model = model.copy_and_resolve_references()
     if not model.vocab:
       model = model.unlock()
-      model.vocab = frozen.codes
-    return {'student': 3 * pretraining_model(model, patches, config.mask.count), 'tokenizer': tokenizer_codes(frozen, patches)}
+      model.vocab = dict(codes=frozen.codes, pixels=3 * model.patch_size**2, features=model.width)[target]
+    student = {'student': 3 * pretraining_model(model, patches, config.mask.count)}
+    if target == 'codes':
+      return student | {'tokenizer': tokenizer_codes(frozen, patches)}
+    return student | ({'teacher': vit(model.width, model.depth, patches + 1, model.mlp_ratio)} if target == 'features' else {})
   if config.task in ('classifier', 'segmenter'):
     model = model.copy_and_resolve_references().unlock()
     model.classes = model.classes or 1000

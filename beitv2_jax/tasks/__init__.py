@@ -7,7 +7,7 @@ an argument of the jitted step, never part of its checkpoint.
 from typing import Any
 
 from beitv2_jax.errors import UserError
-from beitv2_jax.tasks import classify, clip, pixels, pretrain, segment, tokenizer
+from beitv2_jax.tasks import classify, clip, pixels, pretrain, regress, segment, tokenizer
 from beitv2_jax.tasks.base import Task
 
 
@@ -33,7 +33,9 @@ def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task,
   makers = {
     'clip': clip.make,
     'tokenizer': tokenizer.make,
-    'pretrain': pretrain.make,
+    'pretrain': lambda config, abstract, source: (
+      pretrain.make(config, abstract, source) if config.get('target', 'codes') == 'codes' else regress.make(config, abstract)
+    ),
     'classifier': classify.make,
     'segmenter': segment.make,
     'pixels': pixels.make,

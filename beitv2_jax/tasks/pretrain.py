@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data import augment
-from beitv2_jax.data.masking import BlockMask
+from beitv2_jax.data.masking import BlockMask, RandomMask
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config
@@ -27,16 +27,30 @@ def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task,
       f'the tokenizer in {config.tokenizer_from} cuts {config.data.image_size} px images into {config.data.image_size // theirs.model.patch_size} patches '
       f'a side, this model into {ours[0]}; make model.patch_size {theirs.model.patch_size}.'
     )
-  if config.mask.count >= ours[0] * ours[1] or config.mask.count < 1:
-    raise UserError(f'mask.count={config.mask.count} of {ours[0] * ours[1]} patches: it must leave some to see and some to predict.')
+  check(config)
+  config.model.vocab = theirs.model.codes
+  return PretrainTask(config, from_config.build(config), vqkd), frozen
+
+
+def check(config: Any) -> None:
+  """What a student needs whatever it predicts. Raises UserError."""
+  grid = config_lib.patch_grid(config)
+  if config.mask.count >= grid[0] * grid[1] or config.mask.count < 1:
+    raise UserError(f'mask.count={config.mask.count} of {grid[0] * grid[1]} patches: it must leave some to see and some to predict.')
   if config.color_jitter_on not in ('host', 'device'):
     raise UserError(
       f"color_jitter_on={config.color_jitter_on!r}; use 'host' (before the crop, as the official code) or 'device' (after it)."
     )
   if config.model.head_layers and not 0 < config.model.early_layer < config.model.depth:
     raise UserError(f'model.early_layer={config.model.early_layer} must be a block before the last of {config.model.depth}.')
-  config.model.vocab = theirs.model.codes
-  return PretrainTask(config, from_config.build(config), vqkd), frozen
+
+
+def host_transforms(config: Any, train: bool, source: Any) -> list:
+  """Crop, flip, jitter, and a mask."""
+  m, grid = config.mask, config_lib.patch_grid(config)
+  block = BlockMask(grid, m.count, m.min_block, m.max_block, m.min_aspect)
+  mask = RandomMask(grid, m.count) if m.get('kind', 'block') == 'random' else block
+  return [*image_transforms(config.data, train, config.color_jitter, config.color_jitter_on == 'device'), mask]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +63,7 @@ class PretrainTask(Task):
   def init(self, key):
     return from_config.init(self.model, self.config, key)
 
-  @staticmethod
-  def transforms(config, train, source):
-    m = config.mask
-    mask = BlockMask(config_lib.patch_grid(config), m.count, m.min_block, m.max_block, m.min_aspect)
-    return [*image_transforms(config.data, train, config.color_jitter, config.color_jitter_on == 'device'), mask]
+  transforms = staticmethod(host_transforms)
 
   def _forward(self, params, frozen, batch, **kwargs):
     """Per branch: cross-entropy [B, M] and whether the code was right [B, M]."""

@@ -461,7 +461,7 @@ class Training:
     batch = sharding.put_batch(self.sampled, self.setup.mesh)
     few = jax.jit(lambda batch: jax.tree.map(lambda x: x[:count], batch), out_shardings=sharding.replicated(self.setup.mesh))(batch)
     arrays = jax.tree.map(np.asarray, jax.device_get(self.sample_step(*arguments, few)))
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and arrays:  # a task need not draw any
       size = config.model.get('codes', 0) or config.model.get('vocab', 0)
       image = draw.samples(config.task, arrays, list(config.get('class_names') or ()), size)
       self.report_page.sample(self.step, image)
