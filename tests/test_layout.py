@@ -17,7 +17,7 @@ FLOORS = [
   ('tasks',),
   ('training',),
   ('downstream', 'costs'),
-  ('pictures',),
+  ('pictures', 'studies'),
   ('main', 'commands'),
   ('__main__', '__init__'),
 ]

@@ -12,6 +12,7 @@ COMMANDS = {
   'explore': 'a page that shows what each code of a tokenizer stands for',
   'attention': 'where a model looks, and what its patch features have in common, as pictures',
   'report': 'curves and figures of a run, or of several side by side',
+  'study': 'one of the paper’s questions at a small size: a table with seeds and controls',
   'probe': 'what frozen features are worth: linear probes, few labels, k-NN',
   'robustness': 'a classifier on ImageNet-A, -R, -Sketch, -V2, ReaL or sets of your own',
   'segmentation': 'exact mIoU of a segmenter, also multi-scale',

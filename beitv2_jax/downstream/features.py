@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.data import pipeline, transforms
-from beitv2_jax.downstream import probes
+from beitv2_jax.data import pipeline, sources, transforms
+from beitv2_jax.downstream import probes, trained
 from beitv2_jax.errors import UserError
 from beitv2_jax.progress import bar
 
@@ -98,3 +98,17 @@ def caution(images: int, classes: int) -> str | None:
   if images >= FEW:
     return None
   return f'only {images} images of {classes} classes were scored: the figures say little; give at least some hundred (--holdout).'
+
+
+def images_of(config, split: str) -> tuple[np.ndarray, np.ndarray]:
+  """All images of a split, resized and centre-cropped: uint8 [n, h, w, 3], labels [n]."""
+  source = sources.make(config.data.source, split, config.data.dir, config.data.holdout)
+  steps = transforms.image_transforms(config.data, train=False)
+  batches = list(pipeline.eval_batches(source, steps, seed=0, batch=64))
+  valid = np.concatenate([b['valid'] for b in batches])
+  return tuple(np.concatenate([b[k] for b in batches])[valid] for k in ('image', 'label'))
+
+
+def last_block_means(model: Any, images: np.ndarray) -> np.ndarray:
+  """Mean of the last block's patch tokens, [n, D]."""
+  return trained.in_batches(model.features, images)['patches'].mean(1)

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from beitv2_jax import config as config_lib
-from beitv2_jax.data import pipeline, sources
 from beitv2_jax.data.masking import BlockMask
-from beitv2_jax.data.transforms import image_transforms
-from beitv2_jax.downstream import imagine, probes, trained
+from beitv2_jax.downstream import features, imagine, probes, trained
 from beitv2_jax.models import teacher as teachers
 from beitv2_jax.models.images import unit_images
 from beitv2_jax.reports import draw
@@ -21,23 +19,9 @@ from beitv2_jax.tasks.scores import code_statistics
 from beitv2_jax.training import metrics
 
 
-def load_images(config, split: str) -> tuple[np.ndarray, np.ndarray]:
-  """All images of a split, resized and centre-cropped: uint8 [n, h, w, 3], labels [n]."""
-  source = sources.make(config.data.source, split, config.data.dir, config.data.holdout)
-  steps = image_transforms(config.data, train=False)
-  batches = list(pipeline.eval_batches(source, steps, seed=0, batch=64))
-  valid = np.concatenate([b['valid'] for b in batches])
-  return tuple(np.concatenate([b[k] for b in batches])[valid] for k in ('image', 'label'))
-
-
 def teacher_features(config, images: np.ndarray) -> np.ndarray:
   model, params = teachers.load('clip', config.teacher.name, config_lib.patch_grid(config))
   return trained.in_batches(lambda x: model.apply(params, unit_images(jnp.asarray(x))), images).mean(1)
-
-
-def pooled(model: trained.Model, images: np.ndarray) -> np.ndarray:
-  """Mean of the last block's patch tokens, [n, D]."""
-  return trained.in_batches(model.features, images)['patches'].mean(1)
 
 
 def masked_accuracy(model: trained.Model, codes: np.ndarray, images: np.ndarray) -> dict:
@@ -73,7 +57,7 @@ def report(out: Path, began: float, control: bool) -> None:
   """
   print('\nProbing frozen features ...', flush=True)
   vqkd, model = trained.load(out / 'vqkd'), trained.load(out / 'pretrained')
-  images, labels = load_images(model.config, 'eval')
+  images, labels = features.images_of(model.config, 'eval')
   codes = trained.in_batches(vqkd.tokens, images)
   counts = np.bincount(codes.reshape(-1), minlength=vqkd.config.model.codes)
   masked = masked_accuracy(model, codes, images)
@@ -99,15 +83,15 @@ def report(out: Path, began: float, control: bool) -> None:
 
 def feature_scores(out: Path, vqkd: Any, model: Any, images: np.ndarray, labels: np.ndarray, control: bool) -> dict[str, Any]:
   """{whose features: probes on the held-out `images`}, by the keys of NAMES."""
-  train_images, train_labels = load_images(model.config, 'train')
+  train_images, train_labels = features.images_of(model.config, 'train')
 
-  def score(features):
-    return probes.scores(features(train_images), train_labels, features(images), labels)
+  def score(make):
+    return probes.scores(make(train_images), train_labels, make(images), labels)
 
   return dict(
-    pretrained=score(lambda x: pooled(model, x)),
-    random_init=score(lambda x: pooled(trained.Model(model.config), x)),
-    random_teacher=score(lambda x: pooled(trained.load(out / 'random_pretrained'), x)) if control else None,
+    pretrained=score(lambda x: features.last_block_means(model, x)),
+    random_init=score(lambda x: features.last_block_means(trained.Model(model.config), x)),
+    random_teacher=score(lambda x: features.last_block_means(trained.load(out / 'random_pretrained'), x)) if control else None,
     teacher=score(lambda x: teacher_features(vqkd.config, x)),
     pixels=score(lambda x: x.reshape(len(x), -1).astype(np.float32)),
   )

@@ -5,7 +5,7 @@ import html
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,28 @@ class Page:
       self.has_curves = True
       data = html.escape(json.dumps(dict(title=title, unit=unit, series=kept), separators=(',', ':'), allow_nan=False))
       self.parts.append(f'<figure class="chart" data-chart="{data}"></figure>')
+
+  def intervals(self, title: str, values: Mapping[str, Sequence[float]]) -> None:
+    """For each name a line from the mean less the standard deviation to the mean and it, with every value as a dot."""
+    name, width, line = 260, 640, 26
+    points = [v for group in values.values() for v in group]
+    low, high = min(points), max(points)
+    low, high = (low - 1, high + 1) if low == high else (low - 0.05 * (high - low), high + 0.05 * (high - low))
+    x = lambda v: name + (width - name - 60) * (v - low) / (high - low)
+    parts = []
+    for i, (label, group) in enumerate(values.items()):
+      y, mean = line * i + line / 2, float(np.mean(group))
+      spread = float(np.std(group, ddof=1)) if len(group) > 1 else 0.0
+      parts.append(
+        f'<text x="0" y="{y + 4}">{html.escape(label[:40])}</text><text x="{width}" y="{y + 4}" text-anchor="end">{mean:.4g}</text>'
+      )
+      parts.append(f'<line x1="{x(max(mean - spread, low)):.1f}" x2="{x(min(mean + spread, high)):.1f}" y1="{y}" y2="{y}"/>')
+      parts += [f'<circle cx="{x(v):.1f}" cy="{y}" r="3"/>' for v in group] + [
+        f'<rect x="{x(mean) - 1.5:.1f}" y="{y - 8}" width="3" height="16"/>'
+      ]
+    told = html.escape(f'{title}: ' + ', '.join(f'{k} {np.mean(v):.4g}' for k, v in values.items()))
+    drawn = f'<svg class="intervals" viewBox="0 0 {width} {line * len(values)}" role="img" aria-label="{told}">{"".join(parts)}</svg>'
+    self.parts.append(f'<figure><h3>{html.escape(title)}</h3>{drawn}</figure>')
 
   def begin_charts(self) -> None:
     """The curves from here to `end_charts` lie beside each other."""

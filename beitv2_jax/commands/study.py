@@ -1,0 +1,51 @@
+"""One of the paper's questions at a size that anyone can run: a table with seeds, error bars and controls.
+
+  python -m beitv2_jax study quantizers --out runs/study
+  python -m beitv2_jax study targets --out runs/study --dry-run
+
+Rows are trained one after the other (tokenizer, pretraining, probes of frozen features); the same command goes on where it was stopped. All
+rows have the same recipe, data and steps, but for what their name says. Without --config it is the demo's recipe, on scikit-learn's digits
+(pip install 'beitv2_jax[demo]'). TABLE is one of: quantizers, targets, masking, aggregation, codebook.
+"""
+
+from pathlib import Path
+
+from beitv2_jax.commands import arguments
+from beitv2_jax.errors import UserError
+
+
+@arguments.command
+def main(argv: list[str] | None = None) -> None:
+  parser = arguments.parser('study', __doc__)
+  parser.add_argument('table', metavar='TABLE', help='which question')
+  arguments.add_data(parser, 'labelled images: digits (the default), folder:PATH ...')
+  arguments.add_out(parser, 'where everything goes', Path('runs/study'))
+  parser.add_argument(
+    '--config', default='configs/demo.py', metavar='FILE', help='a recipe with the stages teacher, vqkd and pretrain (configs/demo.py)'
+  )
+  parser.add_argument('--set', nargs='*', default=[], metavar='KEY=VALUE', help='settings for every stage, such as data.image_size=48')
+  parser.add_argument('--seeds', type=arguments.at_least(1), default=3, help='runs of each row (3)')
+  parser.add_argument('--dry-run', action='store_true', help='say what is left to do, and do nothing')
+  parser.add_argument('--redo', action='store_true', help='make rows again that other code or settings made')
+  args = parser.parse_args(argv)
+  from beitv2_jax.studies import run, tables
+  from beitv2_jax.training import process
+
+  if args.table not in tables.TABLES:
+    raise UserError(f'no table {args.table!r}; there are {", ".join(tables.TABLES)}.')
+  wrong = [pair for pair in args.set if '=' not in pair]
+  if wrong:
+    raise UserError(f'--set {wrong[0]}: give KEY=VALUE.')
+  settings = dict(pair.split('=', 1) for pair in args.set)
+  if args.data:
+    settings |= {'data.source': args.data} | ({'data.dir': args.data_dir} if args.data_dir else {})
+  process.use_compilation_cache()
+  study = run.Study(args.table, tables.TABLES[args.table], args.out.expanduser(), args.seeds, args.config, settings)
+  print(study.table.question)
+  if args.redo:
+    run.forget(study)
+  if args.dry_run:
+    print('\n'.join(run.cost(study)))
+    return
+  run.run(study, lambda line: print(line, flush=True))
+  print('\n' + run.markdown(study) + f'\n{study.out / study.name}/table.html')
