@@ -132,6 +132,7 @@ def count(low: int, high: float = 10**6) -> Number:
 
 SHARE, POSITIVE_SHARE, SHARE_BELOW_1 = Number(0, 1), Number(0, 1, above=True), Number(0, 1, below=True)
 POSITIVE, NOT_NEGATIVE = Number(0, above=True), Number(0)
+RATIO = Number(0.01, 100)  # of two sides: what is beyond makes boxes of no pixel, or of more than memory holds
 FLOATS = Choice(('bfloat16', 'float32'))
 
 SETTINGS: dict[str, Any] = {
@@ -156,12 +157,12 @@ SETTINGS: dict[str, Any] = {
   'data.dir': Text(),
   'data.holdout': POSITIVE_SHARE,
   'data.image_size': OneOrPair(count(1, 16384)),
-  'data.crop_scale': Several(POSITIVE_SHARE, 2, rising=True),
-  'data.crop_ratio': Several(Number(0, 100, above=True), 2, rising=True),
+  'data.crop_scale': Several(Number(1e-4, 1), 2, rising=True),
+  'data.crop_ratio': Several(RATIO, 2, rising=True),
   'data.crop_pct': Number(0.1, 1),  # the resize is size / crop_pct
   'data.flip': Flag(),
   'data.resize': Choice(('fast', 'pillow')),
-  'data.resize_ratio': Several(Number(0, 100, above=True), 2, rising=True),
+  'data.resize_ratio': Several(RATIO, 2, rising=True),
   'data.mean': Several(Number(), 3),
   'data.std': Several(POSITIVE, 3),
   'data.value_range': Several(Number()),
@@ -228,7 +229,7 @@ SETTINGS: dict[str, Any] = {
   'mask.count': count(1),
   'mask.min_block': count(1),
   'mask.max_block': count(0),
-  'mask.min_aspect': POSITIVE_SHARE,
+  'mask.min_aspect': Number(0.01, 1),
   'color_jitter': SHARE,
   'color_jitter_on': Choice(('host', 'device')),
   'teacher.kind': Choice(('clip', 'dino', 'untrained')),

@@ -25,7 +25,7 @@ def get_config(arg=None):
     c.data.update(crop_scale=(0.85, 1.0), crop_ratio=(0.9, 1.1))
   c.checkpoint.every = 500
   c.log_every = 25
-  c.eval_batch_size = 100
+  c.eval_batch_size = 96  # divides over up to eight devices
   return c.lock()
 
 

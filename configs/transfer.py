@@ -28,7 +28,7 @@ def get_config(arg=None):
   c.data.image_size = 96 if arg.stage == 'segment' else PIXELS
   c.data.crop_pct = 0.875
   c.checkpoint.every, c.log_every, c.eval_every = 1000, 50, 0
-  c.eval_batch_size = 20 if arg.stage == 'segment' else 100
+  c.eval_batch_size = 24 if arg.stage == 'segment' else 96
   return c.lock()
 
 

@@ -465,3 +465,10 @@ def test_a_named_pipe_among_the_images_does_not_hang(tmp_path):
   source = sources.make(f'folder:{tmp_path}', 'train', holdout=0.05)
   decoded = decode.Decoded(source)
   assert sum(int(decoded[i]['bad']) for i in range(len(source))) == 1
+
+
+def test_a_crop_has_at_least_one_pixel():
+  for size in ((1, 5000), (5000, 1), (1, 1)):
+    for ratio in ((0.01, 0.01), (100.0, 100.0)):
+      _, _, w, h = transforms.random_box(*size, (1e-4, 1e-4), ratio, np.random.default_rng(0))
+      assert 1 <= w <= size[0] and 1 <= h <= size[1]

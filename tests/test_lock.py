@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from beitv2_jax.errors import UserError
-from beitv2_jax.training import loop
+from beitv2_jax.errors import SaveError, UserError
+from beitv2_jax.training import checkpoint, loop, metrics
 from beitv2_jax.training.lock import Lock
 from tests.conftest import main_command, main_env, smoke
 
@@ -89,3 +89,27 @@ def test_a_process_number_that_was_given_away_again(tmp_path):
   with pytest.raises(UserError, match='in use by a run'):
     with Lock(tmp_path):
       pass
+
+
+def test_a_workdir_that_was_exchanged_is_not_written_to(tmp_path, monkeypatch):
+  """As under a disk that was unmounted: what is written in the empty folder would be hidden when the disk is back."""
+  workdir, away = tmp_path / 'run', tmp_path / 'away'
+  save = checkpoint.Checkpoints.save
+
+  def exchanged(self, step, *state):
+    save(self, step, *state)
+    self.wait()
+    if step == 3:
+      workdir.rename(away)
+      workdir.mkdir()
+
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', exchanged)
+  with pytest.raises(SaveError, match='run.lock is gone, or of another run: was the disk unmounted'):
+    loop.run(smoke('pretrain', checkpoint__every=3), workdir)
+  assert not list(workdir.glob('checkpoints/*'))
+  monkeypatch.undo()
+  workdir.rename(tmp_path / 'hidden')
+  away.rename(workdir)
+  (workdir / 'run.lock').unlink()  # of this process, which lives
+  loop.run(smoke('pretrain', checkpoint__every=3), workdir)
+  assert [row['step'] for row in metrics.read(workdir)] == [1, 2, 3, 4, 5, 6]

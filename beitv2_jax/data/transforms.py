@@ -108,9 +108,9 @@ def random_box(width: int, height: int, scale: tuple[float, float], ratio: tuple
       return int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h
   w, h = width, height
   if width / height < ratio[0]:
-    h = round(width / ratio[0])
+    h = max(round(width / ratio[0]), 1)
   elif width / height > ratio[1]:
-    w = round(height * ratio[1])
+    w = max(round(height * ratio[1]), 1)
   return (width - w) // 2, (height - h) // 2, w, h
 
 

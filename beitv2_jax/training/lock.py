@@ -88,6 +88,15 @@ class Lock:
     if jax.process_index() == 0 and self._owner() == self.ours:
       self.path.unlink(missing_ok=True)
 
+  def check(self) -> None:
+    """Raises SaveError if the workdir is not the one that was locked: where a disk was unmounted, what is written now would be hidden
+    when it is back."""
+    if jax.process_index() == 0 and self._owner() != self.ours:
+      raise SaveError(
+        f'{self.path} is gone, or of another run: was the disk unmounted, or the folder moved? Nothing more is written there. Bring it back, then run '
+        'the same command.'
+      )
+
   def _acquire(self) -> None:
     for _ in range(3):
       try:

@@ -51,8 +51,8 @@ def run(config: Any, workdir: str | Path, about: dict[str, Any] | None = None) -
     storage.check_writable(workdir, f'.writable-{jax.process_index()}')
   setup = prepare(config, workdir)
   storage.check_writable(workdir, f'.writable-{jax.process_index()}')
-  with Lock(workdir):
-    training = begin(setup, about or {})
+  with Lock(workdir) as lock:
+    training = begin(setup, about or {}, lock)
     try:
       with training.signals, jax.set_mesh(setup.mesh):
         training.loop()
@@ -123,7 +123,7 @@ def prepare(config: Any, workdir: Any) -> Setup:
   return Setup(config, workdir, task, frozen, opened, transforms, steps, mesh, optimizer, schedule, layout, understood, began, *make_keys())
 
 
-def begin(setup: Setup, about: dict[str, Any]) -> 'Training':
+def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
   """The state of the newest checkpoint, or a new one, on the devices; metrics and batches from there on."""
   config, workdir = setup.config, setup.workdir
   checkpoints = Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.keep_every)
@@ -152,7 +152,7 @@ def begin(setup: Setup, about: dict[str, Any]) -> 'Training':
     for note in notes:
       if note.startswith('warning: '):
         history.warn(start, note)
-  return Training(setup, state, start, checkpoints, metrics, output, history)
+  return Training(setup, state, start, checkpoints, metrics, output, history, lock)
 
 
 def config_changes(workdir: Any, config: Any) -> list[str]:
@@ -259,13 +259,21 @@ class Training:
   """A run under way: its state, the batches to come, and what is still to be reported."""
 
   def __init__(
-    self, setup: Setup, state: TrainState, start: int, checkpoints: Checkpoints, metrics: Metrics, output: storage.Mirror, history: Events
+    self,
+    setup: Setup,
+    state: TrainState,
+    start: int,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    output: storage.Mirror,
+    history: Events,
+    lock: Lock,
   ):
     config, mesh, layout = setup.config, setup.mesh, setup.layout
     self.setup, self.state, self.start, self.step = setup, state, start, start
     self.began = setup.began
     self.checkpoints, self.metrics, self.output = checkpoints, metrics, output
-    self.events = history
+    self.events, self.lock = history, lock
     self.report_page = report.Live(output.folder, setup.workdir.name, metrics.say, jax.process_index() == 0)
     self.frozen = sharding.put_replicated(setup.frozen, mesh)
     self.signals = Signals()
@@ -320,6 +328,7 @@ class Training:
     results = self.evaluate(variables) if self.not_yet_evaluated() else self.metrics.evaluated.get(self.step, {})
     if jax.process_index() == 0:
       with writing(self.setup.workdir, self.checkpoints):
+        self.lock.check()
         self.setup.task.finish(variables['params'], self.output.folder)
         self.events.note('finished', self.step)
         self.metrics.say(events.summary(self.output.folder))
@@ -343,6 +352,7 @@ class Training:
     """Starts saving the state of this step, unless that is done already."""
     if self.saved != self.step:
       with writing(self.setup.workdir, self.checkpoints):
+        self.lock.check()
         self.metrics.keep()
         self.events.note('saved', self.step)
         self.report_page.refresh()

@@ -349,7 +349,10 @@ class Gone(Processes):
     shutil.rmtree(mount, ignore_errors=True)
     mount.mkdir()
     process = self.start(mount / 'run')
-    moment, length = rng.uniform(0.2, 4), rng.uniform(0.05, 3)
+    moment, length = rng.uniform(0, 3), rng.uniform(0.05, 3)
+    deadline = time.monotonic() + 20
+    while not (mount / 'run' / 'run.lock').exists() and time.monotonic() < deadline:  # before that an empty folder is all there was
+      time.sleep(0.02)
     time.sleep(moment)
     mount.rename(away)
     time.sleep(length)
