@@ -28,7 +28,11 @@ def main() -> None:
     cells = []
     for chip in CHIPS:
       estimate = estimates.get(name.format(chip))
-      hours = [epochs * IMAGENET / estimate[k] / 3600 for k in ('images_per_second_chip', 'images_per_second_chip_no_overlap')] if estimate else []
+      hours = (
+        [epochs * IMAGENET / estimate[k] / 3600 for k in ('images_per_second_chip', 'images_per_second_chip_no_overlap')]
+        if estimate
+        else []
+      )
       cells.append(' to '.join(f'{h:,.0f}' for h in hours) or '-')
     print(f'| {stage} | ' + ' | '.join(cells) + ' |')
 

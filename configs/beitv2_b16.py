@@ -23,7 +23,7 @@ def get_config(arg=None):
   c = config.base('pretrain').unlock()
   c.tokenizer_from = ''  # workdir of a trained tokenizer
   c.target = arg.target  # 'codes'; for comparison 'features' of a teacher, or normalised 'pixels' (tasks/regress.py)
-  c.teacher = ConfigDict(dict(kind='clip', name='openai/clip-vit-base-patch16'))  # of target=features
+  c.teacher = ConfigDict(dict(kind='clip', name='openai/clip-vit-base-patch16', layers=()))  # of target=features
   c.tokenizer_dtype = 'float32'  # bfloat16 moves codes
   c.batch_size = 2048
   c.epochs = float(arg.epochs)

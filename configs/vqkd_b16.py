@@ -24,7 +24,13 @@ def get_config(arg=None):
   c.model = config.tokenizer_model()
   c.model.decoder.depth = arg.decoder
   config.choose_quantizer(c.model, arg.quantizer, levels=(8, 8, 8, 16))  # ema, rotation, simvq or fsq
-  c.teacher = ConfigDict(dict(kind=arg.teacher, name={'clip': 'openai/clip-vit-base-patch16', 'dino': 'facebook/dino-vitb16'}[arg.teacher]))
+  names = dict(
+    clip='openai/clip-vit-base-patch16', dino='facebook/dino-vitb16', dinov2='facebook/dinov2-base', siglip='google/siglip2-base-patch16-224',
+    dinov3='facebook/dinov3-vitb16-pretrain-lvd1689m', timm='', stage='',
+  )  # fmt: skip
+  c.teacher = ConfigDict(
+    dict(kind=arg.teacher, name=names[arg.teacher], layers=())
+  )  # layers=(9, 12): the mean of these blocks; (): the last
   c.codebook = ConfigDict(
     dict(
       kmeans=True,  # start from k-means of the first global batch

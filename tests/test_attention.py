@@ -66,6 +66,7 @@ def test_another_image_size_resamples_the_tables():
   larger = model.at_size(side * 2)
   images = np.random.default_rng(0).integers(0, 256, (1, 2 * side, 2 * side, 3), np.uint8)
   assert larger.attention(images).shape[-1] == 1 + 4 * model.grid[0] * model.grid[1]
+  assert model.at_size((side, 2 * side)).grid == (model.grid[0], 2 * model.grid[1])
   assert model.at_size(side) is model and model.config.data.image_size == side
   with pytest.raises(UserError, match='give multiples of'):
     model.at_size(side + 1)

@@ -75,7 +75,34 @@ def test_errors(clip, tmp_path):
     teacher.load('clip', str(tmp_path), (4, 4))
   with pytest.raises(UserError, match="is a 'clip' model, but config.teacher.kind is 'dino'"):
     teacher.load('dino', str(clip[0]), (4, 4))
-  with pytest.raises(UserError, match="use 'clip', 'dino'"):
+  with pytest.raises(UserError, match='use one of clip, siglip, dino'):
     teacher.load('resnet', 'x', (4, 4))
   with pytest.raises(UserError, match='name is empty'):
     teacher.load('clip', '', (4, 4))
+
+
+@pytest.mark.parametrize('task', ['tokenizer', 'pretrain', 'classifier'])
+def test_a_stage_trained_here_can_teach(task, tmp_path):
+  """Its features are what `beitv2_jax.load` gives, through the model's last norm; also on another grid."""
+  import beitv2_jax
+  from beitv2_jax.tasks import teachers
+  from beitv2_jax.training import loop
+  from tests.conftest import smoke, untrained
+
+  config = smoke(task).unlock()
+  config.model.update(dict(tokenizer=dict(teacher_width=8), pretrain=dict(vocab=8), classifier=dict(classes=3))[task])
+  untrained(config.lock(), tmp_path / 'stage')
+  opened, frozen = teachers.of_stage(str(tmp_path / 'stage'), (4, 4), 'float32')
+  x = np.asarray(images())
+  model = beitv2_jax.load(tmp_path / 'stage')
+  tokens = np.asarray(model.features(x)['patches'])
+  expected = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)  # a fresh norm scales by one
+  np.testing.assert_allclose(opened.apply(frozen, x), expected, atol=2e-4)
+  assert opened.width == 32 and teachers.of_stage(str(tmp_path / 'stage'), (6, 3), 'float32')[0].apply is not None
+  larger, theirs = teachers.of_stage(str(tmp_path / 'stage'), (6, 3), 'float32', (1, 2))
+  assert larger.apply(theirs, x).shape == (2, 18, 32)
+  if task == 'pretrain':
+    changes = dict(teacher__kind='stage', teacher__name=str(tmp_path / 'stage'), steps=2)
+    assert np.isfinite(loop.run(smoke('tokenizer', **changes), tmp_path / 'taught')['rec_loss'])
+    with pytest.raises(UserError, match='has blocks 1 to 3'):
+      loop.run(smoke('tokenizer', **changes, teacher__layers=(4,)), tmp_path / 'other')

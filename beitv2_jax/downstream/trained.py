@@ -113,7 +113,8 @@ class Model:
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if any(side < 2 * patch or side % patch for side in sides):
       raise UserError(f'size {size}: the patches of this model are {patch} px; give multiples of that, at least {2 * patch}.')
-    config.data.image_size = size
+    with config.data.ignore_type():
+      config.data.image_size = size
     if config_lib.patch_grid(config) == self.grid:
       return self
     params = adapt.fit_grid(jax.device_get(self.variables['params']), self.grid, config_lib.patch_grid(config))

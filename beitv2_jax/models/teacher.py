@@ -21,6 +21,7 @@ import numpy as np
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.kernels import attention
+from beitv2_jax.models import vision_teachers
 from beitv2_jax.models.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalize
 from beitv2_jax.models.initializers import Draw, drawn_together
 from beitv2_jax.models.layers import patches
@@ -39,23 +40,52 @@ class Teacher:
   apply: Callable[[Any, jax.Array], jax.Array]
 
 
-def load(kind: str, name: str, grid: tuple[int, int], dtype: Any = jnp.float32) -> tuple[Teacher, Any]:
+def load(kind: str, name: str, grid: tuple[int, int], dtype: Any = jnp.float32, layers: tuple[int, ...] = ()) -> tuple[Teacher, Any]:
   """Opens a teacher saved by transformers (a directory or a hub name), in PyTorch or Flax format.
 
   Args:
-    kind: 'clip' (last-layer patch tokens through the post layer norm and the visual projection) or 'dino'.
+    kind: one of KINDS. 'clip' is last-layer patch tokens through the post layer norm and the visual projection; of the others
+      vision_teachers.py says what the features are.
+    layers: blocks (from 1) whose mean is the features, through the last norm; () is the last block.
     grid: the student's patch grid. The teacher's input is resized so that its own grid equals it, and its position
       embedding with it when that differs from the one it was trained with.
   Returns: the teacher and its parameters (numpy, fp32).
   Raises: UserError if there is no such teacher, or it is of another kind.
   """
-  if kind not in ('clip', 'dino', 'untrained'):
-    raise UserError(f"config.teacher.kind is {kind!r}; use 'clip', 'dino', or 'untrained' (tiny and random, for smoke tests).")
+  if kind not in KINDS:
+    raise UserError(f'config.teacher.kind is {kind!r}; use one of {", ".join(KINDS)} (untrained: tiny and random, for smoke tests).')
+  if kind not in FLAX or (kind != 'untrained' and (layers or not has_flax())):
+    if not name:
+      raise UserError(
+        'config.teacher.name is empty; give a directory with config.json and model.safetensors, or a name on the Hugging Face hub.'
+      )
+    return _read(*vision_teachers.load(kind, name), grid, dtype, tuple(layers))
   model, params = _untrained() if kind == 'untrained' else _open(kind, name)
   return _dino(model, params, grid, dtype) if kind == 'dino' else _clip(model, params, grid, dtype)
 
 
-def abstract(kind: str, name: str, grid: tuple[int, int], dtype: Any = jnp.float32) -> tuple[Teacher, Any]:
+def has_flax() -> bool:
+  """Whether transformers still has Flax classes: version 5 has none."""
+  import transformers
+
+  return hasattr(transformers, 'FlaxCLIPModel')
+
+
+FLAX = ('clip', 'dino', 'untrained')  # through transformers' Flax classes, where it still has them
+KINDS = ('clip', 'siglip', 'dino', 'dinov2', 'dinov3', 'timm', 'untrained')
+
+
+def _read(spec: vision_teachers.Spec, params: Any, grid: tuple[int, int], dtype: Any, layers: tuple[int, ...]) -> tuple[Teacher, Any]:
+  """A teacher of models/vision_teachers.py, whose input is resized so that its patches are the student's."""
+  depth = len(params['blocks']['norm1']['weight'])
+  if layers and not (1 <= min(layers) and max(layers) <= depth):
+    raise UserError(f'teacher.layers={layers}: this teacher has blocks 1 to {depth}.')
+  size = spec.patch_size * grid[0], spec.patch_size * grid[1]
+  width = params['projection'].shape[1] if 'projection' in params else params['norm']['weight'].shape[0]
+  return Teacher(width, lambda params, images: vision_teachers.apply(spec, params, resized(images, size), layers, dtype)), params
+
+
+def abstract(kind: str, name: str, grid: tuple[int, int], dtype: Any = jnp.float32, layers: tuple[int, ...] = ()) -> tuple[Teacher, Any]:
   """A base-size teacher whose parameters are only shapes, for programs that are compiled without being run."""
   import transformers
 
@@ -137,7 +167,7 @@ def _warnings_of_transformers():
     logger.propagate = propagate
 
 
-def _resized(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resized(images: jax.Array, size: tuple[int, int]) -> jax.Array:
   """To the teacher's input size; bicubic and antialiased where that differs from the student's."""
   if images.shape[1:3] == size:
     return images
@@ -208,7 +238,7 @@ def _clip(model, params, grid, dtype):
     return vision.post_layernorm(x[:, 1:])  # on every patch; transformers applies it to [CLS] alone
 
   def apply(params, images):
-    x = normalize(_resized(images, size), CLIP_MEAN, CLIP_STD)
+    x = normalize(resized(images, size), CLIP_MEAN, CLIP_STD)
     with nn.intercept_methods(_our_layers):
       x = module.apply({'params': {'vision_model': params['vision_model']}}, x, method=tokens)
     return jnp.dot(x, params['visual_projection']['kernel'].astype(dtype))
@@ -232,7 +262,7 @@ def _dino(model, params, grid, dtype):
 
   def apply(params, images):
     with nn.intercept_methods(_our_layers):
-      return module.apply({'params': params}, normalize(_resized(images, size), IMAGENET_MEAN, IMAGENET_STD), method=tokens)
+      return module.apply({'params': params}, normalize(resized(images, size), IMAGENET_MEAN, IMAGENET_STD), method=tokens)
 
   return Teacher(config.hidden_size, apply), _numpy(params)
 

@@ -14,9 +14,9 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data import sources
 from beitv2_jax.downstream import image_files, imagine, survey, trained
 from beitv2_jax.errors import UserError
-from beitv2_jax.models import teacher
 from beitv2_jax.models.images import unit_images
 from beitv2_jax.pictures import explorer_files as files
+from beitv2_jax.tasks import teachers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def look_of(models: Models) -> files.Look:
   model = models.features or models.tokenizer
   config = models.tokenizer.config
   try:
-    opened, params = teacher.load(config.teacher.kind, config.teacher.name, models.tokenizer.grid)
+    opened, params = teachers.opened(config, 'float32')
     apply = jax.jit(opened.apply)
     target = lambda images: apply(params, unit_images(jnp.asarray(images)))
     target_is = "the teacher's features"

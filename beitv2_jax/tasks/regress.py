@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from beitv2_jax import config as config_lib
 from beitv2_jax.data import augment
 from beitv2_jax.models import from_config, quantizer, teacher
 from beitv2_jax.models.images import network_images, unit_images
 from beitv2_jax.models.layers import patches
 from beitv2_jax.models.mim import MIM
+from beitv2_jax.tasks import teachers
 from beitv2_jax.tasks.base import Task
 from beitv2_jax.tasks.pretrain import check, host_transforms
 
@@ -29,8 +29,7 @@ def make(config: Any, abstract: bool = False) -> tuple[Task, Any]:
   if config.target == 'pixels':
     config.model.vocab = 3 * config.model.patch_size**2
     return RegressTask(config, from_config.build(config), None), {}
-  open_teacher = teacher.abstract if abstract else teacher.load
-  opened, frozen = open_teacher(config.teacher.kind, config.teacher.name, config_lib.patch_grid(config), jnp.dtype(config.tokenizer_dtype))
+  opened, frozen = teachers.opened(config, config.tokenizer_dtype, abstract)
   config.model.vocab = opened.width
   return RegressTask(config, from_config.build(config), opened), frozen
 

@@ -13,6 +13,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config, quantizer, teacher
 from beitv2_jax.models.images import unit_images, vqkd_images
 from beitv2_jax.models.vqkd import VQKD
+from beitv2_jax.tasks import teachers
 from beitv2_jax.tasks.base import Task
 from beitv2_jax.tasks.scores import code_statistics
 from beitv2_jax.weights import stages
@@ -26,12 +27,11 @@ def released(dtype: str) -> tuple[VQKD, Any, Any]:
 
 
 def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
-  open_teacher = teacher.abstract if abstract else teacher.load
   if config.codebook.revive > 0 and config.model.quantizer != 'ema':
     raise UserError(
       f'codebook.revive moves codes of an ema codebook; those of model.quantizer={config.model.quantizer} are not moved one by one.'
     )
-  teacher_model, frozen = open_teacher(config.teacher.kind, config.teacher.name, config_lib.patch_grid(config), jnp.dtype(config.dtype))
+  teacher_model, frozen = teachers.opened(config, config.dtype, abstract)
   config.model.teacher_width = teacher_model.width  # so that config.json describes the whole model
   return TokenizerTask(config, from_config.build(config), teacher_model), frozen
 
