@@ -89,6 +89,8 @@ def abstract_batch(config: Any, mesh: Any, part: str) -> dict[str, jax.ShapeDtyp
   """Shapes of a training batch, split over the mesh's `data` axis."""
   like = lambda shape, dtype: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding.split_rows(mesh))
   batch = {'image': like(config_lib.image_shape(config), jnp.uint8)}
+  if config.task == 'tokenizer' and config.teacher.kind == 'disk':
+    batch['teacher'] = like((int(np.prod(config_lib.patch_grid(config))), config.model.teacher_width), jnp.uint16)
   if config.task == 'classifier':
     batch['label'] = like((), jnp.int32)
   if config.task == 'segmenter':

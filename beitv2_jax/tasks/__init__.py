@@ -6,9 +6,17 @@ an argument of the jitted step, never part of its checkpoint.
 
 from typing import Any
 
+from beitv2_jax.data import taught
 from beitv2_jax.errors import UserError
 from beitv2_jax.tasks import classify, clip, pixels, pretrain, regress, segment, tokenizer
 from beitv2_jax.tasks.base import Task
+
+
+def sources_of(config: Any, opened: dict[str, Any]) -> dict[str, Any]:
+  """The sources that a task sees: those opened, with a teacher's features from disk where the config says so. Raises UserError."""
+  if config.task == 'tokenizer' and config.teacher.kind == 'disk':
+    return {split: taught.Taught(source, config.teacher.name, split) for split, source in opened.items()}
+  return opened
 
 
 def host_transforms(config: Any, source: Any) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beitv2_jax import config as config_lib
+from beitv2_jax.data import taught
 from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config, quantizer, teacher
@@ -31,6 +32,15 @@ def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task,
     raise UserError(
       f'codebook.revive moves codes of an ema codebook; those of model.quantizer={config.model.quantizer} are not moved one by one.'
     )
+  if config.teacher.kind == 'disk':
+    about = taught.describe(config.teacher.name)
+    if tuple(about['grid']) != config_lib.patch_grid(config):
+      raise UserError(
+        f'the features in {config.teacher.name} are on a grid of {about["grid"]}, this tokenizer has {config_lib.patch_grid(config)}: teach with its image '
+        'size and patches.'
+      )
+    config.model.teacher_width = about['width']
+    return TokenizerTask(config, from_config.build(config), None), {}
   teacher_model, frozen = teachers.opened(config, config.dtype, abstract)
   config.model.teacher_width = teacher_model.width  # so that config.json describes the whole model
   return TokenizerTask(config, from_config.build(config), teacher_model), frozen
@@ -61,7 +71,7 @@ def of_stage(config: Any, abstract: bool) -> tuple[VQKD, Any, Any]:
 class TokenizerTask(Task):
   config: Any
   model: VQKD
-  teacher: teacher.Teacher
+  teacher: teacher.Teacher | None  # None: its features come with the batch
   headline = ('perplexity', 'dead_codes')
 
   def init(self, key):
@@ -69,7 +79,8 @@ class TokenizerTask(Task):
 
   @staticmethod
   def transforms(config, train, source):
-    return image_transforms(config.data, train)
+    # Features that were made beforehand are of the centre crop.
+    return image_transforms(config.data, train and config.teacher.kind != 'disk')
 
   def warm_start(self, params, model_state, frozen, batch, key):
     if not self.config.codebook.kmeans or self.config.model.quantizer == 'fsq':  # whose codes are fixed
@@ -79,14 +90,17 @@ class TokenizerTask(Task):
     book = model_state['codebook']['quantizer'] | dict(embedding=means, cluster_size=counts)
     return {'codebook': {'quantizer': book | (dict(base=means) if 'base' in book else {})}}
 
-  def _forward(self, variables, frozen, images):
-    target = self.teacher.apply(frozen, unit_images(images)).astype(jnp.float32)
-    out = self.model.apply(variables, vqkd_images(images))
+  def _forward(self, variables, frozen, batch):
+    if self.teacher is None:
+      target = jax.lax.bitcast_convert_type(batch['teacher'], jnp.bfloat16).astype(jnp.float32)
+    else:
+      target = self.teacher.apply(frozen, unit_images(batch['image'])).astype(jnp.float32)
+    out = self.model.apply(variables, vqkd_images(batch['image']))
     cosine = (quantizer.l2norm(out['features']) * quantizer.l2norm(target)).sum(-1)
     return out, 1 - cosine
 
   def loss(self, params, model_state, frozen, batch, key):
-    out, distance = self._forward({'params': params, **model_state}, frozen, batch['image'])
+    out, distance = self._forward({'params': params, **model_state}, frozen, batch)
     rec_loss, quant_loss = distance.mean(), self.config.codebook.beta * out['commitment']
     stats = {k: jax.lax.stop_gradient(out[k]) for k in ('counts', 'sums', 'z')}
     return rec_loss + quant_loss, (stats, dict(rec_loss=rec_loss, quant_loss=quant_loss))
@@ -115,12 +129,12 @@ class TokenizerTask(Task):
     )
 
   def evaluate(self, params, model_state, frozen, batch):
-    out, distance = self._forward({'params': params, **model_state}, frozen, batch['image'])
+    out, distance = self._forward({'params': params, **model_state}, frozen, batch)
     histogram = jax.nn.one_hot(out['codes'], self.config.model.codes).sum(1)
     return dict(rec_loss=distance.mean(-1), histogram=histogram)
 
   def samples(self, params, model_state, frozen, batch):
-    out, distance = self._forward({'params': params, **model_state}, frozen, batch['image'])
+    out, distance = self._forward({'params': params, **model_state}, frozen, batch)
     grid = config_lib.patch_grid(self.config)
     return dict(image=batch['image'], codes=out['codes'].reshape(-1, *grid), distance=distance.reshape(-1, *grid))
 

@@ -111,6 +111,7 @@ def prepare(config: Any, workdir: Any) -> Setup:
   config_lib.check(config)
   trackers.check(config.get('track', ''))
   opened = {split: sources.make(config.data.source, split, config.data.dir, config.data.holdout) for split in ('train', 'eval')}
+  opened = tasks.sources_of(config, opened)
   task, frozen = tasks.make(config, source=opened['train'])
   understood = task.look_at(opened)
   transforms = {split: task.transforms(task.config, split == 'train', opened[split]) for split in opened}
