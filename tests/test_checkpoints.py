@@ -123,3 +123,14 @@ def test_the_command_lists_verifies_prunes_and_trusts(run, capsys):
   assert commands.run('checkpoints', ['--from', str(run), '--trust']) == 0
   loop.run(smoke('pretrain'), run)
   assert stages.load_variables(run)[2] == 6
+
+
+def test_a_step_that_is_not_the_newest_can_be_opened(tmp_path):
+  import beitv2_jax
+
+  loop.run(smoke('tokenizer', checkpoint__every=2, checkpoint__keep=3), tmp_path / 'run')
+  newest, early = beitv2_jax.load(tmp_path / 'run'), beitv2_jax.load(f'{tmp_path}/run@2')
+  same = lambda a, b: np.array_equal(a.variables['codebook']['quantizer']['embedding'], b.variables['codebook']['quantizer']['embedding'])
+  assert not same(newest, early) and same(newest, beitv2_jax.load(f'{tmp_path}/run@6'))
+  with pytest.raises(UserError, match='has no checkpoint of step 3; it has 2, 4, 6'):
+    beitv2_jax.load(f'{tmp_path}/run@3')

@@ -11,7 +11,7 @@ from typing import Any
 
 from beitv2_jax.errors import RunFailed, UserError
 
-MODEL = 'a workdir, or a directory made by `convert import`'
+MODEL = 'a workdir (WORKDIR@STEP for a step that is not the newest), or a directory made by `convert import`'
 SOURCE = 'folder:PATH, list:FILE, parquet:PATH, tfds:NAME ...: docs/data.md'
 
 

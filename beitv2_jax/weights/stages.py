@@ -1,5 +1,6 @@
 """The weights that a stage left in its workdir, read without the rest of its training: config.json and the newest `variables`."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,18 @@ def write_variables(workdir: str | Path, step: int, variables: Any) -> None:
 
 
 def load_variables(workdir: str | Path, what: str = 'a workdir of a finished stage') -> tuple[Any, Any, int]:
-  """(config, variables as numpy arrays, step) of the newest whole checkpoint in `workdir`, which is left as it is.
+  """(config, variables as numpy arrays, step) of the newest whole checkpoint in `workdir`, or of step N of 'WORKDIR@N'.
 
-  Raises UserError if there is none. Warns on stderr of damaged ones that were passed over.
+  Nothing is changed there. Raises UserError if there is none. Warns on stderr of damaged ones that were passed over.
   """
+  workdir, _, wanted = str(workdir).rpartition('@') if re.search(r'@\d+$', str(workdir)) else (str(workdir), '', '')
   config = config_lib.load(workdir, what)
   folder = storage.place(workdir) / 'checkpoints'
   damaged: dict[int, Damaged] = {}
-  for step in checkpoint_files.steps(folder):
+  steps = checkpoint_files.steps(folder)
+  if wanted and int(wanted) not in steps:
+    raise UserError(f'{workdir} has no checkpoint of step {wanted}; it has {", ".join(map(str, sorted(steps))) or "none"}.')
+  for step in [int(wanted)] if wanted else steps:
     try:
       variables = checkpoint_files.read(folder / str(step), 'variables')
     except Damaged as e:
