@@ -26,6 +26,7 @@ def _data() -> ConfigDict:
       source='tfds:imagenet2012',  # see beitv2_jax/data/sources.py
       dir='',  # where tfds keeps prepared data sets
       holdout=0.1,  # share kept for evaluation where a source has no split for it
+      limit=0,  # train on so many images of the source, drawn once; 0: all
       image_size=224,
       crop_scale=(0.08, 1.0),
       crop_ratio=(3 / 4, 4 / 3),

@@ -472,3 +472,29 @@ def test_a_crop_has_at_least_one_pixel():
     for ratio in ((0.01, 0.01), (100.0, 100.0)):
       _, _, w, h = transforms.random_box(*size, (1e-4, 1e-4), ratio, np.random.default_rng(0))
       assert 1 <= w <= size[0] and 1 <= h <= size[1]
+
+
+def test_validation_digits_leave_the_test_images_alone():
+  test, train = sources.make('digits', 'eval'), sources.make('digits', 'train')
+  parts = [sources.make('digits:validation', split) for split in ('train', 'eval')]
+  assert [len(p) for p in parts] == [1047, 250] and len(train) == 1297 and len(test) == 500
+  images = [{(image.tobytes(), int(label)) for image, label in zip(p.images, p.labels)} for p in (*parts, train)]
+  assert images[0] | images[1] == images[2]
+  np.testing.assert_array_equal(np.sort(np.concatenate([parts[0].labels, parts[1].labels])), np.sort(train.labels))
+  with pytest.raises(UserError, match='use digits, or digits:validation'):
+    sources.make('digits:other', 'train')
+
+
+def test_a_limit_takes_the_same_images_each_time(tmp_path):
+  import pickle
+
+  whole = sources.make('digits', 'train')
+  few = pickle.loads(pickle.dumps(sources.Limited(whole, 100)))
+  np.testing.assert_array_equal(few.keep, sources.Limited(whole, 100).keep)
+  assert len(few) == 100 == len(set(few.keep)) and few.classes == whole.classes and len(set(few[i]['label'] for i in range(100))) == 10
+  np.testing.assert_array_equal(few[7]['image'], whole[int(few.keep[7])]['image'])
+  from beitv2_jax.training import loop
+  from tests.conftest import smoke
+
+  loop.run(smoke('classifier', data__source='digits', data__limit=50, steps=1), tmp_path)
+  assert '50 training and 500 evaluation images' in (tmp_path / 'data.txt').read_text()

@@ -106,3 +106,26 @@ def test_a_stage_trained_here_can_teach(task, tmp_path):
     assert np.isfinite(loop.run(smoke('tokenizer', **changes), tmp_path / 'taught')['rec_loss'])
     with pytest.raises(UserError, match='has blocks 1 to 3'):
       loop.run(smoke('tokenizer', **changes, teacher__layers=(4,)), tmp_path / 'other')
+
+
+def test_a_teacher_of_ones_own_in_one_file(tmp_path):
+  from beitv2_jax.training import loop, metrics
+  from tests.conftest import ROOT, smoke
+
+  mine = dict(teacher__kind='python', teacher__name=str(ROOT / 'examples' / 'teacher_of_your_own.py'))
+  loop.run(smoke('tokenizer', steps=30, optim__lr=3e-3, optim__warmup_epochs=0.0, **mine), tmp_path / 'run')
+  rows = metrics.read(tmp_path / 'run')
+  assert rows[-1]['rec_loss'] < 0.8 * rows[0]['rec_loss']
+  for code, message in (
+    ('', "module 'teacher_of_the_user' has no attribute 'load'"),
+    (
+      'def load(grid, dtype):\n  return 3, None, lambda p, x: x.mean((1, 2))',
+      r'gives features of shape \(2, 3\) for 2 images; expected \(2, 16, 3\)',
+    ),
+    ('import nothing_like_it', 'ModuleNotFoundError'),
+  ):
+    (tmp_path / 'mine.py').write_text(code)
+    with pytest.raises(UserError, match=message):
+      loop.run(smoke('tokenizer', teacher__kind='python', teacher__name=str(tmp_path / 'mine.py')), tmp_path / 'other')
+  with pytest.raises(UserError, match='no such file; teacher.kind=python takes'):
+    loop.run(smoke('tokenizer', teacher__kind='python', teacher__name='/nowhere.py'), tmp_path / 'other')

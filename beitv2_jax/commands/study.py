@@ -5,7 +5,8 @@
 
 Rows are trained one after the other (tokenizer, pretraining, probes of frozen features); the same command goes on where it was stopped. All
 rows have the same recipe, data and steps, but for what their name says. Without --config it is the demo's recipe, on scikit-learn's digits
-(pip install 'beitv2_jax[demo]'). TABLE is one of: quantizers, targets, masking, aggregation, codebook.
+(pip install 'beitv2_jax[demo]'). TABLE is one of: quantizers, targets, masking, aggregation, data, codebook. To choose settings, take
+--data digits:validation, which leaves the test images alone.
 """
 
 from pathlib import Path

@@ -3,7 +3,7 @@
 `image` is encoded bytes or a uint8 array [h, w, 3]; decoding happens in the pipeline. `classes` names the labels, or is
 None for unlabelled images; `name(i)` names a record in messages. A source is written as one string, `kind:location`:
 
-  digits               scikit-learn's 1,797 handwritten digits (embedded in that package)
+  digits               scikit-learn's 1,797 handwritten digits (embedded in that package); digits:validation spares the 500 test images
   fake:COUNT           smooth random images of 10 classes, for smoke tests
   folder:PATH          a folder of class folders, or a flat folder of unlabelled images
   list:FILE            lines of `path` or `path label`, or of JSON {"class": ..., "files": [...]}
@@ -54,15 +54,22 @@ def make(spec: str, split: str, data_dir: str = '', holdout: float = 0.1) -> Any
 
 
 class Digits:
-  """8x8 grey digits with values 0 to 16, as RGB; 500 of them are held out. Images stay 8x8: the crop enlarges them."""
+  """8x8 grey digits with values 0 to 16, as RGB; 500 of them are held out. Images stay 8x8: the crop enlarges them.
+
+  `digits:validation` leaves those 500 alone: it trains on 1,047 of the others and evaluates on 250, for choosing settings.
+  """
 
   def __init__(self, where: str, split: str, **_):
     try:
       from sklearn.datasets import load_digits
     except ImportError as e:
       raise UserError("the digits come with scikit-learn: pip install 'beitv2_jax[demo]'.") from e
+    if where not in ('', 'validation'):
+      raise UserError(f'data.source=digits:{where}: use digits, or digits:validation.')
     data = load_digits()
-    indices = split_indices(len(data.target), split, 500)
+    indices = split_indices(len(data.target), 'train' if where else split, 500)
+    if where:
+      indices = indices[split_indices(len(indices), split, 250)]
     grey = np.round(data.images[indices] * (255 / 16)).astype(np.uint8)
     self.images = np.repeat(grey[..., None], 3, -1)
     self.labels = data.target[indices]
@@ -176,6 +183,28 @@ class Tfds:
     """What the image was called in the original data set; '' where that is not kept."""
     name = self.source[i].get('file_name', b'')
     return name.decode() if isinstance(name, bytes) else name
+
+
+class Limited:
+  """`count` records of a source, drawn once: the same for every run."""
+
+  def __init__(self, source: Any, count: int):
+    self.source, self.classes = source, getattr(source, 'classes', None)
+    self.keep = np.sort(np.random.default_rng(0).permutation(len(source))[:count])
+
+  def __len__(self) -> int:
+    return len(self.keep)
+
+  def __getitem__(self, i: int) -> dict:
+    return self.source[int(self.keep[i])]
+
+  def __getattr__(self, name: str) -> Any:  # names of masks and the like
+    if name in ('source', 'keep'):  # while it is unpickled
+      raise AttributeError(name)
+    return getattr(self.source, name)
+
+  def name(self, i: int) -> str:
+    return getattr(self.source, 'name', str)(int(self.keep[i]))
 
 
 @dataclasses.dataclass(frozen=True)

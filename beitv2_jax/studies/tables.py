@@ -74,6 +74,14 @@ TABLES: dict[str, Table] = {
       *CONTROLS,
     ),
   ),
+  'data': Table(
+    'With how many images does pretraining pay? (Probes are fitted on all of them in each row.)',
+    (
+      *(Row(f'{count} images', {'data.limit': count}, {'data.limit': count}) for count in (100, 300, 1000)),
+      Row('all images'),
+      *CONTROLS,
+    ),
+  ),
   'codebook': Table(
     'How many codes, of how many dimensions, and how deep a decoder?',
     (

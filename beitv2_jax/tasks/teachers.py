@@ -1,5 +1,7 @@
 """The teacher that a recipe names: one of models/teacher.py, or a stage that was trained here."""
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +20,30 @@ def opened(config: Any, dtype: str, abstract: bool = False) -> tuple[teacher.Tea
   kind, name, layers = config.teacher.kind, config.teacher.name, tuple(config.teacher.get('layers', ()))
   if kind == 'stage' and not abstract:
     return of_stage(name, config_lib.patch_grid(config), dtype, layers)
+  if kind == 'python':
+    return of_file(name, config, dtype)
   find = teacher.abstract if abstract else teacher.load
   return find('clip' if kind == 'stage' else kind, name, config_lib.patch_grid(config), jnp.dtype(dtype), layers)
+
+
+def of_file(path: str, config: Any, dtype: str) -> tuple[teacher.Teacher, Any]:
+  """The teacher of a Python file of the user's: its function `load(grid, dtype)` gives (width, params, apply), as
+  examples/teacher_of_your_own.py shows. Raises UserError if it does not."""
+  grid, file = config_lib.patch_grid(config), Path(path).expanduser()
+  if not file.is_file():
+    raise UserError(f'teacher.name={path}: no such file; teacher.kind=python takes a Python file with a function load(grid, dtype).')
+  try:
+    spec: Any = importlib.util.spec_from_file_location('teacher_of_the_user', file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    width, params, apply = module.load(grid, jnp.dtype(dtype))
+    image = jax.ShapeDtypeStruct((2, *config_lib.image_shape(config)), jnp.float32)
+    shape = jax.eval_shape(apply, params, image).shape
+  except Exception as e:  # whatever the user's file does
+    raise UserError(f'the teacher in {file} does not work ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}).') from e
+  if shape != (2, grid[0] * grid[1], width):
+    raise UserError(f'the teacher in {file} gives features of shape {shape} for 2 images; expected {(2, grid[0] * grid[1], width)}.')
+  return teacher.Teacher(width, apply), jax.tree.map(np.asarray, params)
 
 
 def of_stage(workdir: str, grid: tuple[int, int], dtype: str, layers: tuple[int, ...] = ()) -> tuple[teacher.Teacher, Any]:
