@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/beitv2_jax/xla
 
-.PHONY: demo demo-full test test-parity test-all browser lint clean
+.PHONY: demo demo-full test test-parity test-all browser release lint clean
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m beitv2_jax demo $(ARGS)
 
@@ -27,6 +27,15 @@ browser:
 test-all: $(VENV)/ready-parity
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "" $(ARGS)
 
+# What a tag releases, in dist/: built, checked, and tried in a clean environment and folder. The version is beitv2_jax/__init__.py's.
+release: $(VENV)/ready
+	$(PIP) twine
+	rm -rf dist build/clean && $(VENV)/bin/python -m build --outdir dist && $(VENV)/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/clean && build/clean/bin/python -m pip install --quiet $(LOCK) dist/*.whl
+	cd build/clean && bin/python -m beitv2_jax --version && \
+	  JAX_PLATFORMS=cpu bin/python -m beitv2_jax.main --config=configs/vqkd_b16.py:smoke --workdir=run && \
+	  bin/python -m beitv2_jax report run --out report.html
+
 # Style, and types.
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/ty check --python $(VENV)
@@ -45,4 +54,4 @@ $(VENV)/ready-parity: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info
