@@ -117,12 +117,16 @@ def finished(workdir: Path) -> bool:
 
 
 def train(study: Study, stage: str, workdir: Path, changes: dict[str, Any]) -> None:
-  """One stage in a process of its own, unless it is finished. Raises RunFailed."""
+  """One stage in a process of its own, unless it is finished. Raises RunFailed; UserError if other code or settings made what is there."""
+  made, now = workdir.parent / f'{workdir.name}.made.json', dict(code=fingerprint(), settings=written(study.settings | changes))
+  if workdir.exists() and (not made.is_file() or json.loads(made.read_text()) != now):
+    raise UserError(f'{workdir} was made by other code or settings: give another --out, or --redo to make all of it again.')
   if finished(workdir):
     return
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  made.write_text(json.dumps(now) + '\n')
   command = [sys.executable, '-m', 'beitv2_jax.main', f'--config={study.recipe}:stage={stage}', f'--workdir={workdir}']
   command += [f'--config.{k}={v}' for k, v in ({'samples': 0, 'eval_every': 0} | study.settings | changes).items()]
-  workdir.parent.mkdir(parents=True, exist_ok=True)
   with (workdir.parent / f'{workdir.name}.log').open('a') as log:
     code = subprocess.run(command, stdout=log, stderr=log).returncode
   if code == 130:
