@@ -261,3 +261,25 @@ def test_a_pixel_decoder_of_another_tokenizer(stages, tmp_path, capsys):
   arguments = ['--from', f'{stages}/two', '--data', 'fake:4', '--out', str(tmp_path / 'site'), '--pixels', f'{stages}/pixels']
   assert commands.run('explore', arguments) == 2
   assert 'is of another tokenizer' in capsys.readouterr().err
+
+
+def test_a_folder_with_other_things_is_left_alone(stages, site, tmp_path, capsys):
+  (tmp_path / 'data').mkdir()
+  (tmp_path / 'data' / 'precious.txt').write_text('mine')
+  assert explore(stages, tmp_path) == 2
+  assert 'is not empty and is no explorer' in capsys.readouterr().err and (tmp_path / 'data' / 'precious.txt').read_text() == 'mine'
+  again = tmp_path / 'again'
+  shutil.copytree(site, again)
+  assert explore(stages, again, '--limit', 6) == 0 and files.read_summary(again)['surveyed'] == 6  # one of ours is made anew
+
+
+def test_file_names_that_are_no_text(stages, tmp_path):
+  import os
+
+  shutil.copytree(stages / 'images', tmp_path / 'images')
+  os.rename(
+    tmp_path / 'images' / 'kind 0' / '00.png',
+    os.fsencode(tmp_path / 'images' / 'kind 0') + b'/\xff</script>\xe2\x80\xa8.png'.replace(b'/s', b's'),
+  )
+  assert explore(stages, tmp_path / 'site', '--limit', 30, source=f'folder:{tmp_path}/images') == 0
+  assert any('script>' in name for name in files.read_summary(tmp_path / 'site')['names'])

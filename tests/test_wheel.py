@@ -42,7 +42,15 @@ def python(site, folder, *args):
 
 def test_what_is_in_it(site):
   package = site / 'beitv2_jax'
-  for name in ('py.typed', 'configs/vqkd_b16.py', 'configs/demo.py', 'commands/probe.py', 'kernels/attention_tpu.py'):
+  for name in (
+    'py.typed',
+    'configs/vqkd_b16.py',
+    'configs/demo.py',
+    'commands/probe.py',
+    'kernels/attention_tpu.py',
+    'pictures/site/explorer.js',
+    'reports/site/charts.js',
+  ):
     assert (package / name).is_file(), name
   shipped = {p.relative_to(package) for p in package.rglob('*.py')}
   here = {p.relative_to(ROOT / 'beitv2_jax') for p in (ROOT / 'beitv2_jax').rglob('*.py')}

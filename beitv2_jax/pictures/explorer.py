@@ -122,6 +122,7 @@ class Some:
 
 def build(models: Models, source: Images, out: Path, shown: int, batch: int) -> Path:
   """Looks through all images of `source` and writes the explorer into `out`; returns its page."""
+  files.check_folder(out)  # before the work
   found = {key: survey.survey(model, source, batch) for key, model in models.tokenizers.items()}
   first = found['a']
 

@@ -76,6 +76,7 @@ def build(out: Path, books: list[Book], images: Callable[[np.ndarray], Any], loo
     about: `source`, `names` of the surveyed images, and whatever else site/explorer.js shows under About.
     shown: at most so many images can be opened, evenly spread over all.
   """
+  check_folder(out)
   first = books[0].survey
   chosen = np.unique(np.linspace(0, len(first) - 1, min(shown, len(first))).round().astype(int))
   out.mkdir(parents=True, exist_ok=True)
@@ -116,6 +117,14 @@ def build(out: Path, books: list[Book], images: Callable[[np.ndarray], Any], loo
   )
   write(out / 'data' / 'summary.js', 'summary', summary)
   return out / 'index.html'
+
+
+def check_folder(out: Path) -> None:
+  """Raises UserError if `out` holds something else than an explorer: making one anew replaces what is there."""
+  page = out / 'index.html'
+  ours = page.is_file() and b'<title>Codebook explorer</title>' in page.read_bytes()
+  if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not ours)):
+    raise UserError(f'--out {out} is not empty and is no explorer: give a new folder.')
 
 
 def add_images(out: Path, names: list[str], images: np.ndarray, codes: dict[str, np.ndarray], look: Look | None) -> int:
@@ -159,7 +168,7 @@ def write(path: Path, name: str, value: Any) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps(value, separators=(',', ':'), ensure_ascii=False, allow_nan=False).replace('</', '<\\/')
   temporary = path.with_suffix('.tmp')
-  temporary.write_text(f'explorer.load({json.dumps(name)},{text})\n', encoding='utf-8')
+  temporary.write_text(f'explorer.load({json.dumps(name)},{text})\n', encoding='utf-8', errors='replace')  # file names may be no text
   temporary.replace(path)
 
 

@@ -95,7 +95,7 @@ class Page:
     )
 
   def save(self, path: str | Path) -> None:
-    Path(path).write_text(self.html(), encoding='utf-8')
+    Path(path).write_text(self.html(), encoding='utf-8', errors='replace')
 
 
 def thinned(points: Curve) -> list[list[float]]:
