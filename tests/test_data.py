@@ -489,8 +489,8 @@ def test_a_limit_takes_the_same_images_each_time(tmp_path):
   import pickle
 
   whole = sources.make('digits', 'train')
-  few = pickle.loads(pickle.dumps(sources.Limited(whole, 100)))
-  np.testing.assert_array_equal(few.keep, sources.Limited(whole, 100).keep)
+  few = pickle.loads(pickle.dumps(sources.limited(whole, 100)))
+  np.testing.assert_array_equal(few.keep, sources.limited(whole, 100).keep)
   assert len(few) == 100 == len(set(few.keep)) and few.classes == whole.classes and len(set(few[i]['label'] for i in range(100))) == 10
   np.testing.assert_array_equal(few[7]['image'], whole[int(few.keep[7])]['image'])
   from beitv2_jax.training import loop

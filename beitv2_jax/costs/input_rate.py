@@ -15,8 +15,9 @@ from beitv2_jax import tasks
 from beitv2_jax.data import decode, pipeline, sources
 from beitv2_jax.models import flops
 
-# Peak bf16 TFLOP/s of a chip and chips on a usual host, from the makers' data sheets.
-CHIPS = {'TPU v4': (275, 4), 'TPU v5e': (197, 8), 'TPU v5p': (459, 4), 'TPU v6e': (918, 8), 'A100': (312, 8), 'H100': (989, 8)}
+# Chips on a usual host, and with what they reach at best (TFLOP/s).
+HOSTS = {'TPU v4': 4, 'TPU v5e': 8, 'TPU v5p': 4, 'TPU v6e': 8, 'A100': 8, 'H100': 8}
+CHIPS = {name: (flops.PEAKS[name.lower()], chips) for name, chips in HOSTS.items()}
 UTILIZATION = 0.5  # assumed share of peak
 
 
@@ -113,7 +114,7 @@ def _this_machine(config) -> tuple[str, float]:
     need = sum(flops.per_image(config).values())
   except ValueError:
     need = 0
-  kind, count = jax.devices()[0].device_kind, jax.local_device_count()
+  kind, count = jax.devices()[0].device_kind.replace(' lite', 'e'), jax.local_device_count()  # JAX's 'TPU v5 lite' is a v5e
   known = next((name for name in CHIPS if name.removeprefix('TPU ').lower() in kind.lower()), None)
   name = known or 'TPU v5e'
   peak, usual = CHIPS[name]

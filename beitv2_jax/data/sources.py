@@ -185,12 +185,16 @@ class Tfds:
     return name.decode() if isinstance(name, bytes) else name
 
 
-class Limited:
+def limited(source: Any, count: int) -> 'Picked':
   """`count` records of a source, drawn once: the same for every run."""
+  return Picked(source, np.sort(np.random.default_rng(0).permutation(len(source))[:count]))
 
-  def __init__(self, source: Any, count: int):
-    self.source, self.classes = source, getattr(source, 'classes', None)
-    self.keep = np.sort(np.random.default_rng(0).permutation(len(source))[:count])
+
+class Picked:
+  """The records of a source at the places `keep`."""
+
+  def __init__(self, source: Any, keep: np.ndarray):
+    self.source, self.keep, self.classes = source, keep, getattr(source, 'classes', None)
 
   def __len__(self) -> int:
     return len(self.keep)

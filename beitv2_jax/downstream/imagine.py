@@ -44,8 +44,7 @@ def behind_mask(
   pixel decoder, and count as seen from then on; with one step all are predicted at once. Raises UserError if the two were made with
   tokenizers whose codes are not the same.
   """
-  theirs, ours = pretrained.tokenizer.variables['codebook']['quantizer']['embedding'], pixels.variables['codebook']['embedding']
-  if theirs.shape != ours.shape or not np.allclose(theirs, ours, atol=1e-5):
+  if not trained.same_codebook(pretrained.tokenizer, pixels):
     raise UserError('the pretrained model and the pixel decoder were made with different tokenizers: their codes do not mean the same.')
   if pretrained.grid != pixels.grid:
     raise UserError(f'the pretrained model has {pretrained.grid} patches, the pixel decoder {pixels.grid}.')

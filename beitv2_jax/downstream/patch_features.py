@@ -11,14 +11,23 @@ def principal_colors(features: np.ndarray, components: int = 3) -> np.ndarray:
   """
   x = np.asarray(features, np.float64)
   flat = x.reshape(-1, x.shape[-1])
-  flat = flat - flat.mean(0)
-  _, vectors = np.linalg.eigh(flat.T @ flat / len(flat))  # eigenvalues rise
-  vectors = vectors[:, ::-1][:, :components]
+  return colored(flat, *principal_components(flat, components)).reshape(*x.shape[:-1], -1)
+
+
+def principal_components(x: np.ndarray, count: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(mean [D], directions [D, count], 1st and 99th percentile along them [2, count]) of features [n, D]."""
+  mean = x.mean(0)
+  x = x - mean
+  _, vectors = np.linalg.eigh(x.T @ x / len(x))  # eigenvalues rise
+  vectors = vectors[:, ::-1][:, :count]
   vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])])
-  projected = flat @ vectors
-  low, high = np.percentile(projected, [1, 99], axis=0)
-  stretched = np.clip((projected - low) / np.maximum(high - low, 1e-12), 0, 1)
-  return np.rint(255 * stretched).astype(np.uint8).reshape(*x.shape[:-1], -1)
+  return mean, vectors, np.percentile(x @ vectors, [1, 99], axis=0)
+
+
+def colored(x: np.ndarray, mean: np.ndarray, vectors: np.ndarray, span: np.ndarray) -> np.ndarray:
+  """Features [n, D] as uint8 [n, count], by what `principal_components` gave."""
+  low, high = span
+  return np.rint(255 * np.clip(((x - mean) @ vectors - low) / np.maximum(high - low, 1e-12), 0, 1)).astype(np.uint8)
 
 
 def similarity(features: np.ndarray, row: int, column: int) -> np.ndarray:

@@ -78,8 +78,7 @@ class Model:
       raise UserError('this stage was made with the untrained tokenizer of smoke tests, which is not kept.')
     found = load(where)
     if self.kind == 'pixels':
-      ours, theirs = self.variables['codebook']['embedding'], found.variables['codebook']['quantizer']['embedding']
-      if ours.shape != theirs.shape or not bool(jnp.allclose(ours, theirs, atol=1e-5)):
+      if not same_codebook(found, self):
         raise UserError(f'the tokenizer in {where} is not the one that this pixel decoder was trained with: its codebook is another.')
     return found
 
@@ -251,6 +250,12 @@ def load(directory: str | Path, ema: bool = False) -> Model:
     variables['params'] = average
   config.dtype, config.layers.attention = 'float32', 'auto'
   return Model(config, variables)
+
+
+def same_codebook(tokenizer: Model, pixels: Model) -> bool:
+  """Whether a pixel decoder draws the codes of this tokenizer."""
+  ours, theirs = pixels.variables['codebook']['embedding'], tokenizer.variables['codebook']['quantizer']['embedding']
+  return ours.shape == theirs.shape and bool(jnp.allclose(ours, theirs, atol=1e-5))
 
 
 def in_batches(function: Any, *arrays: np.ndarray, batch: int = 128) -> Any:

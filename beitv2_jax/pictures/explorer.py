@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +53,7 @@ class Models:
         )
     if models.pixels:
       models.pixels._must_be('pixels')
-      ours, theirs = first.variables['codebook']['quantizer']['embedding'], models.pixels.variables['codebook']['embedding']
-      if ours.shape != theirs.shape or not bool(jnp.allclose(ours, theirs, atol=1e-5)):
+      if not trained.same_codebook(first, models.pixels):
         raise UserError(f'the pixel decoder in {pixels} is of another tokenizer than {tokenizer}: its codes do not mean the same.')
     if models.features:
       models.features._must_be('tokenizer', 'pretrain', 'classifier', 'segmenter')
@@ -102,24 +100,6 @@ class Images:
     return name(place) if name else f'image {place}'
 
 
-@dataclasses.dataclass(frozen=True)
-class Some:
-  """The records of `source` at `places`."""
-
-  source: Any
-  places: np.ndarray
-
-  @property
-  def classes(self) -> Any:
-    return self.source.classes
-
-  def __len__(self) -> int:
-    return len(self.places)
-
-  def __getitem__(self, i: int) -> dict:
-    return self.source[int(self.places[i])]
-
-
 def build(models: Models, source: Images, out: Path, shown: int, batch: int) -> Path:
   """Looks through all images of `source` and writes the explorer into `out`; returns its page."""
   files.check_folder(out)  # before the work
@@ -127,7 +107,7 @@ def build(models: Models, source: Images, out: Path, shown: int, batch: int) -> 
   first = found['a']
 
   def images(places: np.ndarray) -> Iterator[np.ndarray]:
-    some = Some(source, first.records[places])
+    some = sources.Picked(source, first.records[places])
     for part in survey.plain_batches(models.tokenizer, some, batch):
       yield from part['image'][part['valid']]
 

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from beitv2_jax.downstream import patch_features
 from beitv2_jax.downstream import survey as surveys
 from beitv2_jax.downstream.survey import Survey
 from beitv2_jax.errors import UserError
@@ -371,11 +372,7 @@ class Basis:
     rng = np.random.default_rng(0)
     i, j = rng.integers(0, len(target), (2, 20_000))
     error = float(np.abs((short[i] * short[j]).sum(1) - (target[i] * target[j]).sum(1)).mean())
-    patches = patches.astype(np.float64)
-    mean = patches.mean(0)
-    colors = np.linalg.eigh((patches - mean).T @ (patches - mean))[1][:, ::-1][:, :3]
-    span = np.percentile((patches - mean) @ colors, [1, 99], axis=0)
-    return cls(vectors.astype(np.float32), scale, mean, colors, span, error)
+    return cls(vectors.astype(np.float32), scale, *patch_features.principal_components(patches.astype(np.float64)), error)
 
   def save(self, path: Path) -> None:
     np.savez(path, **dataclasses.asdict(self))
@@ -392,8 +389,7 @@ class Basis:
 
   def colored(self, patches: np.ndarray) -> np.ndarray:
     """[N, D] → uint8 [N, 3]."""
-    low, high = self.range
-    return np.rint(255 * np.clip(((patches - self.mean) @ self.colors - low) / np.maximum(high - low, 1e-12), 0, 1)).astype(np.uint8)
+    return patch_features.colored(patches, self.mean, self.colors, self.range)
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
+from beitv2_jax.kernels.functions import normalize_layer
 from beitv2_jax.models import from_config, teacher
 from beitv2_jax.models.images import normalize, statistics
 from beitv2_jax.weights import adapt, stages
@@ -76,12 +77,8 @@ def of_stage(workdir: str, grid: tuple[int, int], dtype: str, layers: tuple[int,
     else:
       _, states, _ = module.apply(frozen, normalize(x, mean, std), taps=taps, method='tokens')
       norm = frozen['params'].get('norm') or frozen['params']['fc_norm']
-    return jnp.stack([_normed(states[i][:, 1:], norm) for i in taps]).mean(0)
+    return jnp.stack(
+      [normalize_layer(states[i][:, 1:].astype(jnp.float32), norm['scale'], norm['bias'], jnp.float32)[1] for i in taps]
+    ).mean(0)
 
   return teacher.Teacher(sizes.width, apply), frozen
-
-
-def _normed(x: jax.Array, norm: Any) -> jax.Array:
-  x = x.astype(jnp.float32)
-  x = x - x.mean(-1, keepdims=True)
-  return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * norm['scale'] + norm['bias']

@@ -113,7 +113,7 @@ def prepare(config: Any, workdir: Any) -> Setup:
   opened = {split: sources.make(config.data.source, split, config.data.dir, config.data.holdout) for split in ('train', 'eval')}
   opened = tasks.sources_of(config, opened)
   if 0 < config.data.get('limit', 0) < len(opened['train']):
-    opened['train'] = sources.Limited(opened['train'], config.data.limit)
+    opened['train'] = sources.limited(opened['train'], config.data.limit)
   task, frozen = tasks.make(config, source=opened['train'])
   understood = task.look_at(opened)
   transforms = {split: task.transforms(task.config, split == 'train', opened[split]) for split in opened}
