@@ -47,14 +47,14 @@ class Spec:
   rope: float | None = None  # base of the rotary angles
 
 
-def _swish_sigmoid(x):
+def _quick_gelu(x):
   return x * jax.nn.sigmoid(1.702 * x)
 
 
 ACTIVATIONS: dict[str, Callable] = dict(
   gelu=functools.partial(jax.nn.gelu, approximate=False),
   gelu_pytorch_tanh=functools.partial(jax.nn.gelu, approximate=True),
-  quick_gelu=_swish_sigmoid,
+  quick_gelu=_quick_gelu,
   silu=jax.nn.silu,
 )
 
