@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow
 import pytest
+import tifffile
 from PIL import Image
 from pyarrow import parquet
 
@@ -425,6 +426,25 @@ def test_bands_by_index():
   np.testing.assert_array_equal(decode.image(data, channels=(3, 1, 1)), bands[..., [3, 1, 1]])
   with pytest.raises(ValueError, match='4 bands, so no data.channels'):
     decode.image(data, channels=(0, 1, 4))
+
+
+@pytest.mark.parametrize('planar', ['contig', 'separate'])
+@pytest.mark.parametrize('compression', [None, 'zlib'])
+def test_thirteen_bands(planar, compression, monkeypatch):
+  """As Sentinel-2's: 16 bits, bands side by side or one after the other."""
+  bands = np.random.default_rng(0).integers(0, 4000, (5, 7, 13), np.uint16)
+  file = io.BytesIO()
+  stored = bands if planar == 'contig' else np.moveaxis(bands, -1, 0)
+  tifffile.imwrite(file, stored, photometric='minisblack', planarconfig=planar, compression=compression)
+  found = decode.image(file.getvalue(), (0, 4000), (3, 2, 1))
+  np.testing.assert_allclose(found, bands[..., [3, 2, 1]] * (255 / 4000), atol=0.51)
+  with pytest.raises(ValueError, match='13 bands, so no data.channels'):
+    decode.image(file.getvalue(), (0, 4000), (3, 2, 13))
+  with pytest.raises(decode.UNDECODABLE):
+    decode.image(file.getvalue()[:100], (0, 4000), (3, 2, 1))
+  monkeypatch.setattr(decode, 'tifffile', None)
+  with pytest.raises(ValueError, match=r'beitv2_jax\[tiff\]'):
+    decode.image(file.getvalue(), (0, 4000), (3, 2, 1))
 
 
 def claiming(data, size):

@@ -140,6 +140,24 @@ def test_ade20k_layout_and_labels(tmp_path):
     decode.mask((tmp_path / 'images' / 'validation' / 'ADE_1.jpg').read_bytes())
 
 
+def test_ade20k_full_set(tmp_path):
+  """Its class numbers are in the red and green of NAME_seg.png, beside parts and instances that are no scenes."""
+  numbers = np.array([[0, 1, 2], [255, 256, 3687]])
+  for split in ('training', 'validation'):
+    folder = tmp_path / 'images' / 'ADE' / split / 'urban' / 'street'
+    (folder / 'ADE_1').mkdir(parents=True)
+    Image.fromarray(scene(0)[0][:2, :3]).save(folder / 'ADE_1.jpg')
+    Image.fromarray(np.stack([numbers // 256 * 10, numbers % 256, numbers * 0], -1).astype(np.uint8)).save(folder / 'ADE_1_seg.png')
+    Image.fromarray(scene(0)[0]).save(folder / 'ADE_1_parts_1.png')
+    Image.fromarray(scene(0)[0][..., 0]).save(folder / 'ADE_1' / 'instance_000_ADE_1.png')
+  source = sources.make(f'scenes:{tmp_path}', 'train')
+  assert len(source) == 1
+  record = decode.Decoded(source)[0]
+  np.testing.assert_array_equal(record['mask'], numbers)
+  expected = np.where(numbers == 0, scenes.IGNORE, numbers - 1)
+  np.testing.assert_array_equal(scenes.Labels(3687, reduce_zero=True, ignore=())(record, None)['mask'], expected)
+
+
 def test_an_archive_is_to_be_unpacked(tmp_path):
   (tmp_path / 'ADEChallengeData2016.zip').write_bytes(b'PK')
   with pytest.raises(UserError, match='is a file; unpack it .* and name the folder'):

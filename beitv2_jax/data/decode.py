@@ -23,6 +23,10 @@ try:
   pillow_heif.register_heif_opener()
 except ImportError:  # HEIC is for those who install it
   pass
+try:
+  import tifffile
+except ImportError:  # more than four bands are too
+  tifffile: Any = None
 
 UNDECODABLE = (
   OSError,
@@ -34,6 +38,7 @@ UNDECODABLE = (
 )  # what `image` raises for a broken file
 # Pillow knows others, some of which run programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'AVIF', 'JPEG2000', 'HEIF')
+TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # little and big endian; the last two are BigTIFF
 MAX_PIXELS = 178_956_970  # Pillow's own limit: what claims more is an attack, or has to be cut up first
 MAX_NEIGHBOURS = 16
 LARGEST_CLASS = 2**16 - 1
@@ -65,6 +70,8 @@ def image(data: bytes | np.ndarray, value_range: Sequence[float] = (), channels:
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # palettes with transparency, broken EXIF
+      if channels and data[:4] in TIFF:
+        return _bands(_tiff(data), value_range, channels)
       opened = Image.open(io.BytesIO(data), formats=_formats())
       _check_size(*opened.size)
       if not channels and opened.mode not in ('F', 'I') and not opened.mode.startswith('I;16'):
@@ -92,6 +99,12 @@ def mask(data: bytes | np.ndarray) -> np.ndarray:
   return numbers.astype(np.int32)
 
 
+def full_ade20k_mask(data: bytes) -> np.ndarray:
+  """NAME_seg.png of ADE20K's full set, a colour image → class numbers, int32 [h, w]; 0 is none. Its own `loadAde20K`: R / 10 * 256 + G."""
+  colours = image(data).astype(np.int32)
+  return colours[..., 0] // 10 * 256 + colours[..., 1]
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
   """Those of FORMATS that this Pillow reads."""
@@ -104,6 +117,22 @@ def _check_size(width: int, height: int) -> None:
     raise ValueError(f'{width} x {height} pixels, more than the {MAX_PIXELS:,} that are read')
 
 
+def _tiff(data: bytes) -> np.ndarray:
+  """A TIFF of any number of bands → [h, w] or [h, w, bands]; Pillow, where tifffile is not installed, reads up to four."""
+  if tifffile is None:
+    try:
+      opened = Image.open(io.BytesIO(data), formats=['TIFF'])
+    except Image.UnidentifiedImageError as e:
+      raise ValueError("Pillow does not read this TIFF; pip install 'beitv2_jax[tiff]' for those of more than four bands") from e
+    _check_size(*opened.size)
+    return np.asarray(opened)
+  with tifffile.TiffFile(io.BytesIO(data)) as file:
+    page = file.pages.first
+    _check_size(page.imagewidth, page.imagelength * max(page.samplesperpixel // 4, 1))
+    pixels = page.asarray()
+    return np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 and page.planarconfig == 2 else pixels
+
+
 def _bands(pixels: np.ndarray, value_range: Sequence[float], channels: Sequence[int]) -> np.ndarray:
   """Any number of bands of any type → uint8 [h, w, 3]."""
   pixels = pixels[..., None] if pixels.ndim == 2 else pixels
@@ -113,7 +142,8 @@ def _bands(pixels: np.ndarray, value_range: Sequence[float], channels: Sequence[
     low, high = value_range
     pixels = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low)), 0, 255).round().astype(np.uint8)
   if channels and max(channels) >= pixels.shape[2]:
-    raise ValueError(f'{pixels.shape[2]} bands, so no data.channels={tuple(channels)}')
+    more = "; pip install 'beitv2_jax[tiff]' reads all bands of a TIFF" if tifffile is None else ''
+    raise ValueError(f'{pixels.shape[2]} bands, so no data.channels={tuple(channels)}{more}')
   return pixels[..., list(channels) or [0, 0, 0]]
 
 

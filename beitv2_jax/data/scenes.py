@@ -28,6 +28,9 @@ def _pairs_of_folders(root: Path) -> dict[str, tuple[Path, Path]]:
         for images, masks in ((root / 'images' / n, root / m / n), (root / n / 'images', root / n / m), (root / n, root / f'{n}annot')):
           if split not in found and images.is_dir() and masks.is_dir():
             found[split] = images, masks
+      full = root / 'images' / 'ADE' / n
+      if split not in found and full.is_dir():
+        found[split] = full, full
   for m in MASK_FOLDERS:
     if not found and (root / 'images').is_dir() and (root / m).is_dir():
       found[''] = root / 'images', root / m
@@ -37,8 +40,9 @@ def _pairs_of_folders(root: Path) -> dict[str, tuple[Path, Path]]:
 class Scenes:
   """A folder of images and one of PNG masks with the same names: source[i] → dict(image, mask), both as encoded bytes.
 
-  Layouts: images/training + annotations/training (ADE20K), train/images + train/masks, train + trainannot (CamVid), or images +
-  masks, of which a share is held out. `classes` are the lines of classes.txt, or the names in objectInfo150.txt, where there is one.
+  Layouts: images/training + annotations/training (ADE20K), train/images + train/masks, train + trainannot (CamVid), images +
+  masks, of which a share is held out, or images/ADE/training with NAME_seg.png beside NAME.jpg (ADE20K's full set, whose classes are
+  numbered from 1 in two colours). `classes` are the lines of classes.txt, or the names in objectInfo150.txt, where there is one.
   """
 
   def __init__(self, where: str, split: str, holdout: float = 0.1, **_):
@@ -57,7 +61,8 @@ class Scenes:
         'train + trainannot, or images + masks (for evaluation with validation or val).'
       )
     images, masks = pairs.get(split) or pairs['']
-    names = images_under(images)
+    self.full = images == masks
+    names = [n for n in images_under(images) if not self.full or n.endswith('.jpg')]
     self.images, self.masks = str(images), str(masks)
     self.names, self.mask_names = Names(names), Names(_masks_of(names, images, masks))
     self.keep = np.arange(len(names)) if split in pairs else held_out(len(names), split, holdout)
@@ -68,7 +73,8 @@ class Scenes:
 
   def __getitem__(self, i: int) -> dict:
     mask = os.path.join(self.masks, self.mask_names[int(self.keep[i])])
-    return dict(image=read_file(self.name(i)), mask=read_file(mask))
+    stored = read_file(mask)
+    return dict(image=read_file(self.name(i)), mask=decode.full_ade20k_mask(stored) if self.full else stored)
 
   def name(self, i: int) -> str:
     return os.path.join(self.images, self.names[int(self.keep[i])])
@@ -76,8 +82,9 @@ class Scenes:
 
 def _masks_of(names: list[str], images: Path, masks: Path) -> list[str]:
   """The mask of each image: of the same path but for its ending, or else of the same name in another folder if only one has it."""
-  found = images_under(masks)
-  by_path = {os.path.splitext(n)[0]: n for n in found}
+  ending = '_seg.png' if images == masks else ''
+  found = [n for n in images_under(masks) if n.endswith(ending)]
+  by_path = {n.removesuffix(ending) if ending else os.path.splitext(n)[0]: n for n in found}
   by_name: dict[str, list[str]] = {}
   for n in found:
     by_name.setdefault(Path(n).stem, []).append(n)

@@ -26,14 +26,15 @@ SHARES = dict(
   weights=(0.6, 1),
   images=(0.7, 1),
   lists=(0.3, 1),
-  kills=(1.5, 4),
-  signals=(1.5, 4),
+  kills=(3.5, 4),
+  signals=(3.0, 4),
   disks=(0.8, 4),
   topologies=(0.3, 6),
   workers=(0.5, 3),
   peers=(0.7, 6),
   buckets=(0.7, 6),
   gone=(0.7, 4),
+  slow=(0.7, 5),
 )
 ROUND = 120.0  # seconds of one worker
 

@@ -277,10 +277,10 @@ class Processes:
 
 
 class Kills(Processes):
-  """SIGKILL at six random moments, then to the end."""
+  """SIGKILL at twelve random moments, then to the end."""
 
   def __call__(self, rng: np.random.Generator) -> tuple[str, str]:
-    workdir, moments = self.fresh(), rng.uniform(0, 4, 6).round(2)
+    workdir, moments = self.fresh(), rng.uniform(0, 3, 12).round(2)
     for moment in moments:
       process = self.start(workdir)
       time.sleep(moment)
@@ -291,25 +291,26 @@ class Kills(Processes):
 
 
 class Signals(Processes):
-  """SIGTERM or SIGINT, once or twice, then to the end."""
+  """SIGTERM or SIGINT at six random moments, once or twice, then to the end."""
 
   def __call__(self, rng: np.random.Generator) -> tuple[str, str]:
-    workdir, number, moment = self.fresh(), int(rng.choice([signal.SIGTERM, signal.SIGINT])), round(float(rng.uniform(0, 4)), 2)
-    process = self.start(workdir)
-    time.sleep(moment)
-    process.send_signal(number)
-    twice = rng.random() < 0.3
-    if twice:
-      time.sleep(rng.uniform(0, 0.3))
+    workdir, done = self.fresh(), []
+    for moment in rng.uniform(0, 3, 6).round(2):
+      number, twice = int(rng.choice([signal.SIGTERM, signal.SIGINT])), rng.random() < 0.3
+      done.append(f'signal {number} after {moment} s{", twice" * twice}')
+      process = self.start(workdir)
+      time.sleep(moment)
       process.send_signal(number)
-    code, text = self.finish(process, 30)
-    what = f'signal {number} after {moment} s{", twice" * twice}'
-    if code is None:
-      return outcomes.HANG, what
-    if 'Traceback (most recent call last)' in text:
-      return outcomes.TRACEBACK, f'{what}: {text[-400:]}'
+      if twice:
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(number)
+      code, text = self.finish(process, 30)
+      if code is None:
+        return outcomes.HANG, '; '.join(done)
+      if 'Traceback (most recent call last)' in text:
+        return outcomes.TRACEBACK, f'{"; ".join(done)}: {text[-400:]}'
     outcome, said = outcomes.of_process(*self.run(workdir), lambda: self.problem(workdir))
-    return (outcome if outcome != outcomes.SAID else outcomes.WRONG), f'{what}: {said}'
+    return (outcome if outcome != outcomes.SAID else outcomes.WRONG), f'{"; ".join(done)}: {said}'
 
 
 class Disks(Processes):
@@ -339,6 +340,35 @@ class Disks(Processes):
       return outcome, f'{size} kB: {said}'
     finally:
       subprocess.run(['umount', '-l', str(self.disk)])
+
+
+class Slow(Processes):
+  """A disk on which every write, rename, new folder and sync takes up to a while; SIGTERM or SIGKILL in between, then to the end.
+
+  benchmarks/campaign/slow_disk.c stands before the C library and waits.
+  """
+
+  def __init__(self, folder: Path):
+    library = folder / 'slow_disk.so'
+    subprocess.run(['cc', '-shared', '-fPIC', '-O1', '-o', library, ROOT / 'benchmarks' / 'campaign' / 'slow_disk.c', '-ldl'], check=True)
+    super().__init__(folder, LD_PRELOAD=str(library), SLOW_DISK=str(folder / 'slow'))
+
+  def __call__(self, rng: np.random.Generator) -> tuple[str, str]:
+    milliseconds = int(10 ** rng.uniform(0, 2))
+    (self.folder / 'slow').write_text(str(milliseconds))
+    workdir, kill, moment = self.fresh(), rng.random() < 0.5, round(float(rng.uniform(0, 8)), 2)
+    process = self.start(workdir)
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+    code, text = self.finish(process)
+    what = f'up to {milliseconds} ms, {"SIGKILL" if kill else "SIGTERM"} after {moment} s'
+    if code is None:
+      return outcomes.HANG, what
+    if 'Traceback (most recent call last)' in text:
+      return outcomes.TRACEBACK, f'{what}: {text[-400:]}'
+    outcome, said = outcomes.of_process(*self.run(workdir, timeout=200), lambda: self.problem(workdir))
+    (self.folder / 'slow').unlink()
+    return (outcome if outcome != outcomes.SAID else outcomes.WRONG), f'{what}: {said}'
 
 
 class Gone(Processes):
@@ -509,5 +539,5 @@ class Buckets(Processes):
 
 KINDS = dict(
   settings=Settings, damages=Damages, weights=Weights, images=Images, lists=Lists, kills=Kills, signals=Signals, disks=Disks, topologies=Topologies,
-  workers=Workers, peers=Peers, buckets=Buckets, gone=Gone,
+  workers=Workers, peers=Peers, buckets=Buckets, gone=Gone, slow=Slow,
 )  # fmt: skip
