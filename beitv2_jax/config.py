@@ -119,6 +119,13 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   return out
 
 
+def stage_of(stages: dict[str, Any], name: str) -> ConfigDict:
+  """The unlocked config of one of a recipe's stages {name: function}. Raises UserError for one that it has not."""
+  if name not in stages:
+    raise UserError(f'recipe argument stage={name}: one of {", ".join(stages)}.')
+  return stages[name]().unlock()
+
+
 def smoke(config: ConfigDict) -> ConfigDict:
   """Shrinks what all recipes share to a few steps on generated images; the recipe shrinks its model."""
   config.data.update(source='fake:64', image_size=32, workers=0)

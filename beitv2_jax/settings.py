@@ -233,7 +233,7 @@ SETTINGS: dict[str, Any] = {
   'mask.min_aspect': Number(0.01, 1),
   'color_jitter': SHARE,
   'color_jitter_on': Choice(('host', 'device')),
-  'teacher.kind': Choice(('clip', 'siglip', 'dino', 'dinov2', 'dinov3', 'timm', 'stage', 'python', 'disk', 'untrained')),
+  'teacher.kind': Choice(('clip', 'open_clip', 'siglip', 'dino', 'dinov2', 'dinov3', 'timm', 'stage', 'python', 'disk', 'untrained')),
   'teacher.name': Text(),
   'teacher.layers': Several(count(1, 1000)),
   'codebook.kmeans': Flag(),

@@ -1,4 +1,5 @@
-"""The whole chain at toy size on scikit-learn's digits, as `make demo` runs it: stage=teacher, then vqkd, pretrain, pixels.
+"""The whole chain at toy size on scikit-learn's digits, as `make demo` runs it: stage=teacher, then vqkd, pretrain, pixels. `study` also
+fine-tunes: stage=finetune.
 
   python -m beitv2_jax.main --config=configs/demo.py:stage=teacher --workdir=runs/demo/teacher
   python -m beitv2_jax.main --config=configs/demo.py:stage=vqkd --workdir=runs/demo/vqkd --config.teacher.name=runs/demo/teacher/hf
@@ -8,7 +9,7 @@
 Images of your own: add --config.data.source=folder:PATH to each (class folders; their names become the captions).
 """
 
-from beitv2_jax.configs import beitv2_b16, pixels_b16, vqkd_b16
+from beitv2_jax.configs import beitv2_b16, finetune_b16, pixels_b16, vqkd_b16
 from ml_collections import ConfigDict
 
 from beitv2_jax import config
@@ -16,7 +17,7 @@ from beitv2_jax import config
 
 def get_config(arg=None):
   arg = config.parse_arg(arg, stage='vqkd')
-  c = {'teacher': teacher, 'vqkd': vqkd, 'pretrain': pretrain, 'pixels': pixels}[arg.stage]().unlock()
+  c = config.stage_of(dict(teacher=teacher, vqkd=vqkd, pretrain=pretrain, pixels=pixels, finetune=finetune), arg.stage)
   c.dtype = 'float32'
   c.data.update(source='digits', image_size=32, crop_pct=1.0, flip=False)
   if arg.stage != 'teacher':  # a digit fills its picture; the small teacher needs variety more than the later stages do
@@ -66,4 +67,12 @@ def pretrain():
   c.model.update(width=64, depth=4, heads=4, patch_size=8, early_layer=3, layer_scale=1.0, init_scheme='torch')
   c.mask.update(count=6, min_block=2)
   c.optim.update(lr=4e-3, warmup_steps=100)
+  return c
+
+
+def finetune():
+  c = finetune_b16.get_config().unlock()
+  c.update(batch_size=32, epochs=10.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, color_jitter=0.0, random_erasing=0.0)
+  c.model.update(width=64, depth=4, heads=4, patch_size=8, layer_scale=1.0, drop_path=0.0)
+  c.optim.update(lr=1e-3, warmup_epochs=1.0, layer_decay=0.85)
   return c

@@ -25,7 +25,7 @@ def get_config(arg=None):
   c.model.decoder.depth = arg.decoder
   config.choose_quantizer(c.model, arg.quantizer, levels=(8, 8, 8, 16))  # ema, rotation, simvq or fsq
   names = dict(
-    clip='openai/clip-vit-base-patch16', dino='facebook/dino-vitb16', dinov2='facebook/dinov2-base', siglip='google/siglip2-base-patch16-224',
+    clip='openai/clip-vit-base-patch16', open_clip='laion/CLIP-ViT-B-16-laion2B-s34B-b88K', dino='facebook/dino-vitb16', dinov2='facebook/dinov2-base', siglip='google/siglip2-base-patch16-224',
     dinov3='facebook/dinov3-vitb16-pretrain-lvd1689m', timm='', stage='',
   )  # fmt: skip
   c.teacher = ConfigDict(

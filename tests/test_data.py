@@ -379,6 +379,13 @@ def test_hugging_face_parquet(tmp_path):
     sources.make(f'parquet:{tmp_path}/none', 'train')
 
 
+@pytest.mark.parametrize('image', ['photo.jpg', dict(path='photo.jpg'), dict(bytes=1), [1, 2]])
+def test_a_parquet_column_without_image_bytes(image, tmp_path):
+  parquet.write_table(pyarrow.table({'image': [image] * 3, 'label': [0, 1, 0]}), tmp_path / 'x.parquet')
+  with pytest.raises(UserError, match='the column image is .*; expected the bytes of an image file'):
+    sources.make(f'parquet:{tmp_path}', 'train')
+
+
 def test_a_source_is_small_in_a_workers_pickle(tmp_path):
   names = [f'n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG' for i in range(100_000)]
   files = folders.Files(tmp_path, names, np.zeros(len(names), np.int32), None)

@@ -5,36 +5,80 @@ import json
 import numpy as np
 import pytest
 
-from beitv2_jax import commands, recipes
+from beitv2_jax import commands
 from beitv2_jax.config import check
 from beitv2_jax.reports.page import Page
 from beitv2_jax.studies import run
 from beitv2_jax.studies.tables import TABLES, Row, Table
+from beitv2_jax.training import metrics
 from tests.conftest import main_env
+
+SCORES = ('probe', 'finetune')
 
 
 @pytest.mark.parametrize('name', TABLES)
-def test_every_row_is_a_config_that_is_allowed(name, tmp_path):
-  study = run.Study(name, TABLES[name], tmp_path, 2)
-  names = [row.name for row in study.table.rows]
+@pytest.mark.parametrize('recipe', ['configs/demo.py', 'configs/transfer.py', 'configs/transfer.py:size=small'])
+def test_every_row_is_a_config_that_is_allowed(name, recipe, tmp_path):
+  scores = SCORES if 'demo' in recipe else (*SCORES, 'segment')
+  study = run.Study(name, TABLES[name], tmp_path, 1, recipe, {'data.source': 'digits'}, scores)
+  names = [row.name for row in study.rows]
   assert len(set(map(run.slug, names))) == len(names) and 'no pretraining' in names and 'the same from a random teacher' in names
   for row, seed, folder in study.cells():
-    for stage, _, changes in run.stages_of(study, row, seed, folder):
-      check(recipes.from_arguments([f'--config=configs/demo.py:stage={stage}', *(f'--config.{k}={v}' for k, v in changes.items())]))
+    stages = list(run.stages_of(study, row, seed))
+    for stage, _, changes in stages:
+      check(study.config(stage, changes))
+    assert [s for s, workdir, _ in stages if workdir.parent == folder][-len(scores[1:]) :] == list(scores[1:])
+
+
+def test_rows_of_one_name_are_one_row():
+  rows = [row for table in TABLES.values() for row in table.rows]
+  for row in rows:
+    assert all(row == other for other in rows if run.slug(other.name) == run.slug(row.name)), row.name
+
+
+def stages_of(table, row, **more):
+  study = run.Study(table, TABLES[table], run.Path('out'), 1, **more)
+  return list(run.stages_of(study, next(r for r in study.rows if r.name == row), 0))
+
+
+def test_what_is_relative_follows_the_recipe():
+  (*_, (_, _, vqkd), (_, _, student), (_, _, finetune)) = stages_of('sizes', '1.5 times as many pixels a side', scores=SCORES)
+  assert vqkd['data.image_size'] == 48 and (student['mask.count'], student['mask.min_block']) == (14, 4)  # of 6 and 2
+  assert finetune['data.image_size'] == 48 and finetune['model.patch_size'] == 8 and 'mask.count' not in finetune
+  (*_, (_, _, earlier)) = stages_of('aggregation', 'aggregation from a block earlier')
+  assert earlier['model.early_layer'] == 2
+
+
+def test_who_teaches():
+  stages = stages_of('teachers', 'codes from a student of such codes')
+  assert [name for name, _, _ in stages] == ['teacher', 'vqkd', 'pretrain', 'vqkd', 'pretrain']
+  assert stages[3][2]['teacher.kind'] == 'stage' and stages[3][2]['teacher.name'] == stages[2][1] != stages[4][1]
+  assert stages[1][1] != stages[3][1] and stages[4][2]['tokenizer_from'] == stages[3][1]
+  stages = stages_of('teachers', 'codes from a classifier')
+  assert [name for name, _, _ in stages] == ['finetune', 'vqkd', 'pretrain'] and 'init_from' not in stages[0][2]
+  stages = stages_of('teachers', 'the tokenizer’s own encoder', scores=SCORES)
+  assert [name for name, _, _ in stages] == ['teacher', 'vqkd', 'finetune']
+  assert stages[2][2]['init_from'] == stages[1][1] and stages[2][2]['model.depth'] == 2 and stages[2][2]['model.abs_pos']
+
+
+def test_rows_that_ask_for_more_images_than_there_are_fall_away(tmp_path):
+  study = run.Study('data', TABLES['data'], tmp_path, 1)
+  assert [row.name for row in study.rows][:4] == ['100 images', '300 images', '1,000 images', 'codes of the recipe’s quantizer']
 
 
 def test_rows_share_what_is_the_same(tmp_path):
-  study = run.Study('aggregation', TABLES['aggregation'], tmp_path, 2)
-  stages = [run.stages_of(study, *cell) for cell in study.cells()]
-  made = {(stage, workdir) for cell in stages for stage, workdir, _ in cell}
+  studies = [run.Study(name, TABLES[name], tmp_path, 2) for name in ('aggregation', 'targets')]
+  made = {(stage, workdir) for study in studies for row, seed, _ in study.cells() for stage, workdir, _ in run.stages_of(study, row, seed)}
   count = {s: sum(stage == s for stage, _ in made) for s in ('teacher', 'vqkd', 'pretrain')}
-  assert count == dict(teacher=2, vqkd=4, pretrain=12)  # two teachers; each with two seeds; six rows with two seeds
+  # Two teachers; each with two seeds; six rows with two seeds, of which the other table has four, and two of its own.
+  assert count == dict(teacher=2, vqkd=4, pretrain=16)
 
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
   table = Table('Does it work?', (Row('codes'), Row('no pretraining', None, None)))
-  made = run.Study('tiny', table, tmp_path_factory.mktemp('study'), 1, settings={'steps': 2, 'quick_compile': True})
+  settings = {'steps': 2, 'quick_compile': True, 'pretrain:steps': 3}
+  made = run.Study('tiny', table, tmp_path_factory.mktemp('study'), 1, settings=settings)
   said = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('XLA_FLAGS', main_env()['XLA_FLAGS'])  # one device: half the time
@@ -48,11 +92,13 @@ def test_a_table_comes_out(study, monkeypatch):
   assert table['rows'].keys() == {'codes', 'no pretraining'}
   assert table['rows']['codes'].keys() == {'codes_used', 'perplexity', 'rec_loss', 'probe', 'probe5', 'knn'}
   assert table['rows']['no pretraining'].keys() == {'probe', 'probe5', 'knn'}
+  steps = metrics.read(study.out / 'rows' / 'codes-0' / 'pretrain')[-1]['step']
+  assert steps == 3  # `pretrain:steps` is for one stage
   lines = (study.out / 'tiny' / 'table.md').read_text().splitlines()
   assert len(lines) == 4 and lines[2].startswith('| codes | ')
   page = (study.out / 'tiny' / 'table.html').read_text()
   assert page.count('class="intervals"') == 6 and 'over 1 seed.' in page
-  monkeypatch.setattr(run.subprocess, 'run', lambda *a, **k: pytest.fail('a row was trained again'))
+  monkeypatch.setattr(run.subprocess, 'Popen', lambda *a, **k: pytest.fail('a row was trained again'))
   run.run(study, lambda line: pytest.fail('a row was made again'))
   assert run.cost(study) == ['nothing is left to do'] or '0 rows' in run.cost(study)[0]
 
@@ -67,7 +113,7 @@ def test_rows_of_other_code_or_settings_are_not_mixed(study, monkeypatch):
     run.left(study)
   # Nor are the stages that rows share.
   row, seed, folder = next(study.cells())
-  for stage, workdir, changes in run.stages_of(study, row, seed, folder):
+  for stage, workdir, changes in run.stages_of(study, row, seed):
     with pytest.raises(run.UserError, match=f'{workdir} was made by other code or settings'):
       run.train(study, stage, workdir, changes)
 
@@ -76,6 +122,23 @@ def test_a_stage_that_fails_is_named(tmp_path):
   broken = run.Study('tiny', Table('?', (Row('codes'),)), tmp_path, 1, settings={'steps': 2, 'data.source': 'folder:/nowhere'})
   with pytest.raises(run.RunFailed, match='teacher ended with code 2: error: no folder /nowhere'):
     run.train(broken, 'teacher', tmp_path / 'teacher', {})
+
+
+def test_minutes_that_are_over(tmp_path):
+  """A stage is stopped with a save, and the same command goes on to the end."""
+  made = run.Study(
+    'tiny', Table('?', (Row('none', None, None),)), tmp_path, 1, settings={'steps': 20, 'quick_compile': True}, scores=('finetune',)
+  )
+  row, seed, folder = next(made.cells())
+  with pytest.raises(run.OutOfTime):
+    run.cell(made, row, seed, folder, {}, deadline=0)
+  (stage, workdir, changes), *_ = run.stages_of(made, row, seed)
+  with pytest.raises(run.OutOfTime):
+    run.train(made, stage, workdir, changes, deadline=run.time.monotonic() + 4)
+  assert not run.finished(workdir)
+  run.run(made, print)
+  assert 5 < json.loads((folder / 'scores.json').read_text())['scores']['finetune'] < 100
+  assert run.finished(workdir) and metrics.read(workdir)[-1]['step'] == 20
 
 
 def test_means_and_deviations():

@@ -112,8 +112,55 @@ def timm(folder, **more):
   return 'timm', run
 
 
+def naflex(folder):
+  """SigLIP 2 for flexible sizes: its table of 4 x 4 positions is resized to any grid, here 3 x 5."""
+  import torch
+  from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+  more = {k: v for k, v in SIZE.items() if k != 'image_size'}
+  model = random_weights(Siglip2VisionModel(Siglip2VisionConfig(**more, intermediate_size=64, num_patches=16)))
+  model.save_pretrained(folder)
+
+  def run(images, spec):
+    x = (images - np.array(spec.mean)) / np.array(spec.std)
+    b, h, w, _ = x.shape
+    x = x.reshape(b, h // 8, 8, w // 8, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, 192).astype(np.float32)
+    with torch.no_grad():
+      shapes = torch.tensor([[h // 8, w // 8]] * b)
+      return model(torch.from_numpy(x), torch.ones(x.shape[:2], dtype=torch.int32), shapes).last_hidden_state.numpy()
+
+  return 'siglip', run
+
+
+def open_clip(folder, quick_gelu=False):
+  import open_clip as library
+  import safetensors.torch
+  import torch
+
+  vision = dict(image_size=32, layers=3, width=32, head_width=16, patch_size=8)
+  text = dict(context_length=8, vocab_size=16, width=32, heads=2, layers=1)
+  model = random_weights(library.CLIP(24, library.CLIPVisionCfg(**vision), library.CLIPTextCfg(**text), quick_gelu=quick_gelu))
+  folder.mkdir(exist_ok=True)
+  safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / 'open_clip_model.safetensors')
+  preparation = dict(mean=[0.5, 0.4, 0.3], std=[0.3, 0.2, 0.1])
+  described = dict(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=quick_gelu)
+  (folder / 'open_clip_config.json').write_text(json.dumps(dict(model_cfg=described, preprocess_cfg=preparation)))
+  model.visual.output_tokens = True
+
+  def run(images, spec):
+    assert spec.mean == (0.5, 0.4, 0.3)
+    x = ((images - np.array(spec.mean)) / np.array(spec.std)).astype(np.float32).transpose(0, 3, 1, 2).copy()
+    with torch.no_grad():
+      return (model.visual(torch.from_numpy(x))[1] @ model.visual.proj).numpy()
+
+  return 'open_clip', run
+
+
 CASES = dict(
   clip=clip,
+  naflex=naflex,
+  open_clip=open_clip,
+  open_clip_quick=lambda f: open_clip(f, quick_gelu=True),
   siglip=siglip,
   dino=dino,
   dinov2=dinov2,
@@ -131,6 +178,8 @@ def test_features_are_those_of_the_torch_model(case, tmp_path):
   kind, theirs = CASES[case](tmp_path / 'teacher')
   spec, params = vision_teachers.load(kind, str(tmp_path / 'teacher'))
   images = pictures(64 if kind == 'timm' else 32)
+  if case == 'naflex':
+    images = np.concatenate([images[:, :24], images[:, :24, ::-1]], 2)[:, :, :40]
   ours = jax.jit(lambda p, x: vision_teachers.apply(spec, p, x))(params, images)
   expected = theirs(images, spec)
   assert np.abs(expected).max() > 0.5

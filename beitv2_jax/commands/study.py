@@ -3,10 +3,12 @@
   python -m beitv2_jax study quantizers --out runs/study
   python -m beitv2_jax study targets --out runs/study --dry-run
 
-Rows are trained one after the other (tokenizer, pretraining, probes of frozen features); the same command goes on where it was stopped. All
-rows have the same recipe, data and steps, but for what their name says. Without --config it is the demo's recipe, on scikit-learn's digits
-(pip install 'beitv2_jax[demo]'). TABLE is one of: quantizers, targets, masking, aggregation, data, codebook. To choose settings, take
---data digits:validation, which leaves the test images alone.
+Rows are trained one after the other (tokenizer, pretraining, probes of frozen features; with --finetune and --scenes also fine-tuning
+and a segmenter); the same command goes on where it was stopped, and tables share rows. All rows have the same recipe, data and steps, but
+for what their name says. Without --config it is the demo's recipe, on scikit-learn's digits (pip install 'beitv2_jax[demo]');
+configs/transfer.py is one for photographs, and configs/transfer.py:size=small for a GPU. To choose settings, take
+--data digits:validation, which leaves the test images alone. TABLE is one of:
+quantizers, targets, teachers, masking, aggregation, sizes, data, codebook.
 """
 
 from pathlib import Path
@@ -22,9 +24,21 @@ def main(argv: list[str] | None = None) -> None:
   arguments.add_data(parser, 'labelled images: digits (the default), folder:PATH ...')
   arguments.add_out(parser, 'where everything goes', Path('runs/study'))
   parser.add_argument(
-    '--config', default='configs/demo.py', metavar='FILE', help='a recipe with the stages teacher, vqkd and pretrain (configs/demo.py)'
+    '--config',
+    default='configs/demo.py',
+    metavar='FILE',
+    help='a recipe with the stages teacher, vqkd, pretrain, finetune and segment (configs/demo.py)',
   )
-  parser.add_argument('--set', nargs='*', default=[], metavar='KEY=VALUE', help='settings for every stage, such as data.image_size=48')
+  parser.add_argument(
+    '--set',
+    nargs='*',
+    default=[],
+    metavar='[STAGE:]KEY=VALUE',
+    help='settings for every stage, such as data.image_size=48, or for one, such as teacher:data.source=folder:PATH',
+  )
+  parser.add_argument('--finetune', action='store_true', help='also fine-tune each row, with all labels')
+  parser.add_argument('--scenes', metavar='SOURCE', help='also train a segmenter on each row: scenes:PATH')
+  parser.add_argument('--minutes', type=float, default=0.0, help='stop after so many; the same command goes on')
   parser.add_argument('--seeds', type=arguments.at_least(1), default=3, help='runs of each row (3)')
   parser.add_argument('--dry-run', action='store_true', help='say what is left to do, and do nothing')
   parser.add_argument('--redo', action='store_true', help='make rows again that other code or settings made')
@@ -40,13 +54,20 @@ def main(argv: list[str] | None = None) -> None:
   settings = dict(pair.split('=', 1) for pair in args.set)
   if args.data:
     settings |= {'data.source': args.data} | ({'data.dir': args.data_dir} if args.data_dir else {})
+  if args.scenes:
+    settings['segment:data.source'] = args.scenes
+  scores = ('probe', *['finetune'] * args.finetune, *['segment'] * bool(args.scenes))
   process.use_compilation_cache()
-  study = run.Study(args.table, tables.TABLES[args.table], args.out.expanduser(), args.seeds, args.config, settings)
+  study = run.Study(args.table, tables.TABLES[args.table], args.out.expanduser(), args.seeds, args.config, settings, scores)
   print(study.table.question)
   if args.redo:
     run.forget(study)
   if args.dry_run:
     print('\n'.join(run.cost(study)))
     return
-  run.run(study, lambda line: print(line, flush=True))
+  try:
+    run.run(study, lambda line: print(line, flush=True), args.minutes)
+  except run.OutOfTime:
+    print(f'stopped after {args.minutes:g} minutes, at the next save; the same command goes on')
+    return
   print('\n' + run.markdown(study) + f'\n{study.out / study.name}/table.html')

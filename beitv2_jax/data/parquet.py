@@ -105,6 +105,16 @@ def _names(file: Path, schema: Any) -> list[str] | None:
   return [str(name) for name in names] if names else None
 
 
+def _holds_bytes(kind: Any) -> bool:
+  """Whether a column of this type has encoded images, as they are or in Hugging Face's struct<bytes, path>."""
+  from pyarrow import types
+
+  if types.is_struct(kind):
+    index = kind.get_field_index('bytes')
+    return index >= 0 and _holds_bytes(kind.field(index).type)
+  return types.is_binary(kind) or types.is_large_binary(kind)
+
+
 def _labels(own: list[Path], files: list[Path]) -> tuple[bool, list[str] | None]:
   """(do the images of the files `own` have labels, names of the classes of all `files`)."""
   from pyarrow import parquet
@@ -115,6 +125,10 @@ def _labels(own: list[Path], files: list[Path]) -> tuple[bool, list[str] | None]
     schema = _metadata(file).schema.to_arrow_schema()
     if 'image' not in schema.names:
       raise UserError(f'{file} has the columns {", ".join(schema.names)}; expected one called image.')
+    if not _holds_bytes(schema.field('image').type):
+      raise UserError(
+        f'{file}: the column image is {schema.field("image").type}; expected the bytes of an image file, or a struct with `bytes`.'
+      )
     if 'label' not in schema.names:
       continue
     try:

@@ -72,7 +72,7 @@ def has_flax() -> bool:
 
 
 FLAX = ('clip', 'dino', 'untrained')  # through transformers' Flax classes, where it still has them
-KINDS = ('clip', 'siglip', 'dino', 'dinov2', 'dinov3', 'timm', 'untrained')
+KINDS = ('clip', 'open_clip', 'siglip', 'dino', 'dinov2', 'dinov3', 'timm', 'untrained')
 
 
 def _read(spec: vision_teachers.Spec, params: Any, grid: tuple[int, int], dtype: Any, layers: tuple[int, ...]) -> tuple[Teacher, Any]:

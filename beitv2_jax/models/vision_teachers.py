@@ -1,11 +1,13 @@
-"""Teachers beyond Flax's classes: one ViT that reads CLIP, SigLIP, DINO, DINOv2 (with and without registers), DINOv3 and timm's plain ViTs.
+"""Teachers beyond Flax's classes: one ViT that reads CLIP, SigLIP, DINO, DINOv2 (with and without registers), DINOv3, open_clip's own files
+and timm's plain ViTs.
 
 Their safetensors are read through one table a layout (LAYOUTS); what differs between them is in `Spec`.
 
 | kind     | tokens before the patches | positions        | MLP            | features                                        |
 |----------|---------------------------|------------------|----------------|-------------------------------------------------|
 | `clip`   | [CLS]                     | table            | quick GELU     | post layer norm, visual projection, on each patch |
-| `siglip` | none                      | table            | tanh GELU      | post layer norm                                 |
+| `siglip` | none                      | table            | tanh GELU      | post layer norm; also SigLIP 2, fixed size and NaFlex |
+| `open_clip` | [CLS]                  | table            | GELU, or quick | as `clip`                                       |
 | `dino`   | [CLS]                     | table            | GELU           | layer norm (eps 1e-6)                           |
 | `dinov2` | [CLS], registers          | table            | GELU or SwiGLU | layer norm                                      |
 | `dinov3` | [CLS], registers          | rotary (RoPE)    | GELU or gated  | layer norm                                      |
@@ -45,6 +47,7 @@ class Spec:
   eps: float = 1e-6
   activation: str = 'gelu'
   rope: float | None = None  # base of the rotary angles
+  linear_positions: bool = False  # the table is resized bilinearly and antialiased (NaFlex), not bicubically
 
 
 def _quick_gelu(x):
@@ -94,6 +97,23 @@ LAYOUTS: dict[str, dict[str, str]] = dict(
     scale1='layer_scale1.lambda1',
     scale2='layer_scale2.lambda1',
   ),  # fmt: skip
+  open_clip=dict(
+    cls='visual.class_embedding',
+    patch='visual.conv1',
+    pos='visual.positional_embedding',
+    pre_norm='visual.ln_pre',
+    norm='visual.ln_post',
+    projection='visual.proj',
+    block='visual.transformer.resblocks.{i}.',
+    norm1='ln_1',
+    norm2='ln_2',
+    qkv='attn.in_proj',
+    proj='attn.out_proj',
+    fc1='mlp.c_fc',
+    fc2='mlp.c_proj',
+    scale1='ls_1.gamma',
+    scale2='ls_2.gamma',
+  ),  # fmt: skip
   timm=dict(
     cls='cls_token',
     registers='reg_token',
@@ -114,8 +134,8 @@ LAYOUTS: dict[str, dict[str, str]] = dict(
 )
 # transformers' model_type → our kind.
 MODEL_TYPES = dict(
-  clip='clip', clip_vision_model='clip', siglip='siglip', siglip_vision_model='siglip', vit='dino', dinov2='dinov2', dinov2_with_registers='dinov2',
-  dinov3_vit='dinov3',
+  clip='clip', clip_vision_model='clip', siglip='siglip', siglip_vision_model='siglip', siglip2='siglip', siglip2_vision_model='siglip', vit='dino',
+  dinov2='dinov2', dinov2_with_registers='dinov2', dinov3_vit='dinov3',
 )  # fmt: skip
 
 
@@ -127,10 +147,13 @@ def load(kind: str, name: str) -> tuple[Spec, dict[str, Any]]:
   folder = Path(name).expanduser()
   if not folder.is_dir():
     folder = _fetched(name)
+  names = ('open_clip_config.json', *OPEN_CLIP) if kind == 'open_clip' else ('config.json', 'model.safetensors')
   try:
-    config = json.loads((folder / 'config.json').read_text())
+    config = json.loads((folder / names[0]).read_text())
   except (OSError, ValueError) as e:
-    raise UserError(f'no teacher in {folder}: expected config.json and model.safetensors ({e}).') from e
+    raise UserError(f'no {kind} teacher in {folder}: expected {names[0]} and {names[1]} ({e}).') from e
+  if kind == 'open_clip':
+    return _open_clip(config, folder)
   state = files.read_state(folder)
   if kind == 'timm':
     return _timm_spec(config, state), converted('timm', state, folder)
@@ -143,13 +166,39 @@ def load(kind: str, name: str) -> tuple[Spec, dict[str, Any]]:
   return _spec(kind, config.get('vision_config', config)), converted(kind, state, folder)
 
 
+OPEN_CLIP = ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin')  # as open_clip's save_pretrained names them
+
+
+def _open_clip(config: dict, folder: Path) -> tuple[Spec, dict[str, Any]]:
+  """(spec, arrays) of open_clip's own ViT: in_proj holds queries, keys and values, `proj` is stored as it is multiplied."""
+  file = next((folder / name for name in OPEN_CLIP if (folder / name).is_file()), folder / OPEN_CLIP[0])
+  state = {k.replace('.in_proj_', '.in_proj.'): v for k, v in files.read_state(file).items()}
+  vision = config.get('model_cfg', {}).get('vision_cfg', {})
+  if any(k.startswith('visual.trunk.') for k in state) or not isinstance(vision.get('layers', 12), int):
+    raise UserError(
+      f'the vision model in {folder} is not a ViT of open_clip itself; save a ViT of timm with timm.models.save_for_hf for teacher.kind=timm.'
+    )
+  if 'visual.proj' in state:
+    state['visual.proj'] = state['visual.proj'].T
+  prepared = config.get('preprocess_cfg', {})
+  spec = Spec(
+    heads=vision.get('width', 768) // vision.get('head_width', 64),
+    patch_size=vision.get('patch_size', 16),
+    mean=tuple(prepared.get('mean') or CLIP_MEAN),
+    std=tuple(prepared.get('std') or CLIP_STD),
+    eps=1e-5,
+    activation='quick_gelu' if config['model_cfg'].get('quick_gelu') else 'gelu',
+  )
+  return spec, converted('open_clip', state, folder)
+
+
 def _fetched(name: str) -> Path:
   if name.startswith(('/', '.', '~')) or name.count('/') != 1:
     raise UserError(f'no teacher in {name}: expected a directory with config.json and model.safetensors, or a name on the hub.')
   try:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=['config.json', 'model*.safetensors', '*.index.json']))
+    return Path(snapshot_download(name, allow_patterns=['*config.json', '*model*.safetensors', '*.index.json']))
   except Exception as e:  # no network, no such name, a licence that was not accepted
     gated = ' Its licence must be accepted on its page first, and binds what is distilled from it.' if 'gated' in str(e).lower() else ''
     raise UserError(f'cannot fetch the teacher {name} ({(str(e).splitlines() or [type(e).__name__])[0][:200]}).{gated}') from e
@@ -163,7 +212,10 @@ def _spec(kind: str, config: dict) -> Spec:
     )
   if kind == 'siglip':
     activation = config.get('hidden_act', 'gelu_pytorch_tanh')
-    return Spec(**common, mean=HALF, std=HALF, eps=config.get('layer_norm_eps', 1e-6), activation=activation)
+    # NaFlex: patches of any number, whose table is square and whose config has no image size.
+    return Spec(
+      **common, mean=HALF, std=HALF, eps=config.get('layer_norm_eps', 1e-6), activation=activation, linear_positions='num_patches' in config
+    )
   if kind == 'dinov3':
     rope = config.get('rope_theta', 100.0)
     return Spec(**common, eps=config.get('layer_norm_eps', 1e-5), activation=config.get('hidden_act', 'gelu'), rope=rope)
@@ -206,7 +258,9 @@ def converted(kind: str, state: dict[str, np.ndarray], where: Any) -> dict[str, 
   bias = get(f'{layout["patch"]}.bias')
   params: dict[str, Any] = dict(
     patch=dict(
-      weight=kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel)), bias=np.zeros(len(kernel), np.float32) if bias is None else bias
+      # NaFlex has a matrix over (row, column, colour) where others have a convolution.
+      weight=kernel.T if kernel.ndim == 2 else kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel)),
+      bias=np.zeros(len(kernel), np.float32) if bias is None else bias,
     ),
     norm=pair(layout['norm']) if get(f'{layout["norm"]}.weight') is not None else pair('fc_norm'),
   )
@@ -258,7 +312,7 @@ def apply(spec: Spec, params: dict[str, Any], images: jax.Array, layers: tuple[i
   front = [jnp.broadcast_to(params[k].astype(dtype), (b, *params[k].shape)) for k in ('cls', 'registers') if k in params]
   skipped = sum(part.shape[1] for part in front)
   if 'pos' in params:
-    table = _positions(params['pos'], grid)
+    table = _positions(params['pos'], grid, spec.linear_positions)
     with_cls = len(params['pos']) - math.isqrt(len(params['pos'])) ** 2  # a place for [CLS]
     x = x + table[with_cls:].astype(dtype)
     if with_cls and front:
@@ -310,14 +364,18 @@ def _norm(x, p, eps):
   return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * p['weight'] + p['bias']
 
 
-def _positions(table, grid: tuple[int, int]) -> jax.Array:
-  """[(1 +) N, D] for another grid: bicubic at exact size ratios, [CLS]'s kept."""
+def _positions(table, grid: tuple[int, int], linear: bool) -> jax.Array:
+  """[(1 +) N, D] for another grid: bicubic at exact size ratios, or bilinear and antialiased; [CLS]'s kept."""
   side = math.isqrt(len(table))
   if (side, side) == grid:
     return jnp.asarray(table)
   front, body = table[: len(table) - side * side], table[len(table) - side * side :]
-  rows, cols = (cubic_weights(side, g, g / side) for g in grid)
-  body = jnp.einsum('is,jt,std->ijd', rows, cols, jnp.asarray(body).reshape(side, side, -1), precision='highest')
+  body = jnp.asarray(body).reshape(side, side, -1)
+  if linear:
+    body = jax.image.resize(body, (*grid, body.shape[-1]), 'linear', antialias=True)
+  else:
+    rows, cols = (cubic_weights(side, g, g / side) for g in grid)
+    body = jnp.einsum('is,jt,std->ijd', rows, cols, body, precision='highest')
   return jnp.concatenate([jnp.asarray(front), body.reshape(grid[0] * grid[1], -1)])
 
 

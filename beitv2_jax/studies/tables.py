@@ -1,19 +1,41 @@
 """The tables of a study: which rows each has, and in what a row differs from the recipe.
 
 A row is a tokenizer and a student trained on its codes, each with changes to the recipe of the study's size; what is not named is the same in
-all rows. `tokenizer=None` has no tokenizer (the student predicts something else), `student=None` no pretraining (fresh weights).
+all rows. Rows of one name are one row, whichever tables they stand in: they are trained once.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
+
+Changes = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Relative:
+  """A value made from the recipe's own, so that a table fits recipes of every size."""
+
+  of: Callable[[Any], Any]
+
+
+def times(factor: float) -> Relative:
+  return Relative(lambda value: max(1, round(value * factor)))
+
+
+def plus(number: int) -> Relative:
+  return Relative(lambda value: value + number)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
+  """`tokenizer=None` has no tokenizer (the student predicts something else). `student=None` is fresh weights, ENCODER the tokenizer's own
+  encoder. `teacher` is TRAINED (the recipe's), RANDOM (the same with weights as they were drawn), or a row whose model teaches: its pretrained
+  one, or its fine-tuned one if it has none."""
+
   name: str
-  tokenizer: dict[str, Any] | None = dataclasses.field(default_factory=dict)
-  student: dict[str, Any] | None = dataclasses.field(default_factory=dict)
-  teacher: str = 'trained'  # or 'random', one whose weights are as they were drawn
+  tokenizer: Changes | None = dataclasses.field(default_factory=dict)
+  student: Changes | str | None = dataclasses.field(default_factory=dict)
+  teacher: 'str | Row' = 'trained'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +44,26 @@ class Table:
   rows: tuple[Row, ...]
 
 
-PAPER = Row('codes of the paper’s quantizer')
-CONTROLS = (Row('the same from a random teacher', teacher='random'), Row('no pretraining', None, None))
+TRAINED, RANDOM, ENCODER = 'trained', 'random', 'encoder'
+CODES = Row('codes of the recipe’s quantizer')
+PIXELS = Row('normalised pixels', None, {'target': 'pixels'})
+FRESH = Row('no pretraining', None, None)
+CONTROLS = (Row('the same from a random teacher', teacher=RANDOM), FRESH)
 
 
 def codes(count: int, dim: int, depth: int) -> Row:
   return Row(f'{count} codes of {dim}, decoder of {depth}', {'model.codes': count, 'model.code_dim': dim, 'model.decoder.depth': depth})
+
+
+def few_images(count: int) -> Row:
+  return Row(f'{count:,} images', {'data.limit': count}, {'data.limit': count})
+
+
+def sizes(name: str, image: float, patch: float) -> Row:
+  """Another number of pixels or of patches, with as large a share of them masked."""
+  changes = {'data.image_size': times(image), 'model.patch_size': times(patch)}
+  masked = {'mask.count': times((image / patch) ** 2), 'mask.min_block': times((image / patch) ** 2)}
+  return Row(name, changes, changes | masked)
 
 
 NO_REVIVAL = {'codebook.revive': 0.0}
@@ -35,8 +71,8 @@ TABLES: dict[str, Table] = {
   'quantizers': Table(
     'Does another quantizer use its codes better, and does that help what comes after?',
     (
-      Row('EMA, dead codes revived'),
-      Row('EMA, as the paper', NO_REVIVAL),
+      CODES,
+      Row('EMA, as the paper: dead codes stay', NO_REVIVAL),
       Row('EMA with the rotation trick', NO_REVIVAL | {'model.gradient': 'rotation'}),
       Row('SimVQ', NO_REVIVAL | {'model.quantizer': 'simvq'}),
       Row('FSQ, 4 x 4 x 4', NO_REVIVAL | {'model.quantizer': 'fsq', 'model.levels': (4, 4, 4), 'model.codes': 64, 'model.code_dim': 3}),
@@ -46,46 +82,63 @@ TABLES: dict[str, Table] = {
   'targets': Table(
     'Are codes a better target than the teacher’s own features, or than pixels?',
     (
-      PAPER,
+      CODES,
       Row('codes, without patch aggregation', {}, {'model.head_layers': 0}),
       Row('features of the teacher', None, {'target': 'features'}),
-      Row('normalised pixels', None, {'target': 'pixels'}),
+      PIXELS,
+      *CONTROLS,
+    ),
+  ),
+  'teachers': Table(
+    'Whose features make good codes, and is the student better than the encoder of its tokenizer?',
+    (
+      CODES,
+      Row('codes from a student of such codes', teacher=CODES),
+      Row('codes from a model pretrained on pixels', teacher=PIXELS),
+      Row('codes from a classifier', teacher=FRESH),
+      Row('the tokenizer’s own encoder', student=ENCODER),
       *CONTROLS,
     ),
   ),
   'masking': Table(
     'Blocks or single patches, and how many?',
     (
-      PAPER,
+      CODES,
       Row('single patches, as many', {}, {'mask.kind': 'random'}),
-      Row('blocks, half as many', {}, {'mask.count': 0.5}),
-      Row('blocks, 1.5 times as many', {}, {'mask.count': 1.5}),
+      Row('blocks, half as many', {}, {'mask.count': times(0.5)}),
+      Row('blocks, 1.5 times as many', {}, {'mask.count': times(1.5)}),
       *CONTROLS,
     ),
   ),
   'aggregation': Table(
     'Does patch aggregation help, and from which block?',
     (
-      PAPER,
-      Row('none', {}, {'model.head_layers': 0}),
-      Row('from a block earlier', {}, {'model.early_layer': -1}),
+      CODES,
+      Row('codes, without patch aggregation', {}, {'model.head_layers': 0}),
+      Row('aggregation from a block earlier', {}, {'model.early_layer': plus(-1)}),
       Row('one aggregation block', {}, {'model.head_layers': 1}),
-      Row('a head of its own', {}, {'model.shared_head': False}),
+      Row('an aggregation head of its own', {}, {'model.shared_head': False}),
+      *CONTROLS,
+    ),
+  ),
+  'sizes': Table(
+    'Larger images, or smaller patches?',
+    (
+      CODES,
+      sizes('1.5 times as many pixels a side', 1.5, 1.0),
+      sizes('patches of half the side', 1.0, 0.5),
+      sizes('half as many pixels a side, patches too', 0.5, 0.5),
       *CONTROLS,
     ),
   ),
   'data': Table(
-    'With how many images does pretraining pay? (Probes are fitted on all of them in each row.)',
-    (
-      *(Row(f'{count} images', {'data.limit': count}, {'data.limit': count}) for count in (100, 300, 1000)),
-      Row('all images'),
-      *CONTROLS,
-    ),
+    'With how many images does pretraining pay? (Labels are those of all images in each row.)',
+    (few_images(100), few_images(300), few_images(1000), few_images(10_000), CODES, *CONTROLS),
   ),
   'codebook': Table(
     'How many codes, of how many dimensions, and how deep a decoder?',
     (
-      codes(64, 16, 1),
+      CODES,
       codes(16, 16, 1),
       codes(256, 16, 1),
       codes(64, 4, 1),
