@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/beitv2_jax/xla
 
-.PHONY: demo demo-full test test-parity test-all browser release lint clean
+.PHONY: demo demo-full test test-parity test-all browser docs notebooks release lint clean
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m beitv2_jax demo $(ARGS)
 
@@ -26,6 +26,14 @@ browser:
 # Also what is slow and rarely tells anything that the others do not.
 test-all: $(VENV)/ready-parity
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -m "" $(ARGS)
+
+# The documentation site, in build/docs; warnings are errors.
+docs: $(VENV)/ready-docs
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs build/docs && echo build/docs/index.html
+
+# notebooks/NAME.ipynb and its text NAME.py, made equal again: the newer one counts.
+notebooks: $(VENV)/ready-docs
+	$(VENV)/bin/jupytext --quiet --sync notebooks/*.py
 
 # What a tag releases, in dist/: built, checked, and tried in a clean environment and folder. The version is beitv2_jax/__init__.py's.
 release: $(VENV)/ready
@@ -50,7 +58,11 @@ $(VENV)/ready: requirements.txt requirements.lock setup.cfg
 	touch $@
 
 $(VENV)/ready-parity: $(VENV)/ready
-	$(PIP) $(LOCK) -e '.[test,parity]'
+	$(PIP) $(LOCK) -e '.[test,parity,docs]'
+	touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	$(PIP) $(LOCK) -e '.[test,docs]'
 	touch $@
 
 clean:

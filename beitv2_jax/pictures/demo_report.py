@@ -51,7 +51,7 @@ HEADER = ['frozen features of', 'linear probe %', '5 labels a class %', 'k-NN %'
 
 
 def report(out: Path, began: float, control: bool) -> None:
-  """Writes summary.json, draw.png and report.html into `out`, whose stages are trained, and prints the table.
+  """Writes summary.json, codebook.png, imagined.png and report.html into `out`, whose stages are trained, and prints the table.
 
   `began` is when the demo started (time.time()), `control` whether the chain from an untrained teacher is there too.
   """
@@ -122,8 +122,10 @@ def write_page(out: Path, rows: list, facts: list[str], images: np.ndarray, code
     'The face of a code: what the pixel decoder draws for it, beside the mean of its patches.',
   )
   steps = imagine.behind_mask(trained.load(out / 'pretrained'), drawing, images[few], masked['masks'][few], steps=3)
+  sheet = draw.imagined(images[few], masked['masks'][few], imagine.as_codes(drawing, images[few]), [x for _, x in steps])
+  sheet.save(out / 'imagined.png')
   page.picture(
-    draw.imagined(images[few], masked['masks'][few], imagine.as_codes(drawing, images[few]), [x for _, x in steps]),
+    sheet,
     'From the top: the image; what the model sees; the image as the codebook sees it, drawn from its codes alone; and what the model imagines '
     'behind the mask, in three steps, what it is most certain of first.',
   )
