@@ -13,6 +13,7 @@ html_copy_source = False
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'none'
 default_role = 'code'
+smartquotes = False  # --config is two hyphens
 
 
 def tables_as_they_are(app, what, name, obj, options, lines):
