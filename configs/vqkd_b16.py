@@ -14,6 +14,7 @@ Expected: 100 % of the codes used with decoder=1, 97 % with decoder=3, 100 % wit
 from ml_collections import ConfigDict
 
 from beitv2_jax import config
+from beitv2_jax.errors import UserError
 
 
 def get_config(arg=None):
@@ -26,8 +27,10 @@ def get_config(arg=None):
   config.choose_quantizer(c.model, arg.quantizer, levels=(8, 8, 8, 16))  # ema, rotation, simvq or fsq
   names = dict(
     clip='openai/clip-vit-base-patch16', open_clip='laion/CLIP-ViT-B-16-laion2B-s34B-b88K', dino='facebook/dino-vitb16', dinov2='facebook/dinov2-base', siglip='google/siglip2-base-patch16-224',
-    dinov3='facebook/dinov3-vitb16-pretrain-lvd1689m', timm='', stage='',
+    dinov3='facebook/dinov3-vitb16-pretrain-lvd1689m', timm='', stage='', python='', disk='',
   )  # fmt: skip
+  if arg.teacher not in names:
+    raise UserError(f'recipe argument teacher={arg.teacher}: one of {", ".join(names)}.')
   c.teacher = ConfigDict(
     dict(kind=arg.teacher, name=names[arg.teacher], layers=())
   )  # layers=(9, 12): the mean of these blocks; (): the last

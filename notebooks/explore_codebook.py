@@ -17,7 +17,7 @@
 # # Explore a codebook, and see where a model looks
 #
 # The demo trains the whole chain on handwritten digits: a teacher, a tokenizer, a model pretrained on its codes, and a decoder that draws
-# codes as pixels. Then we look into it. About a minute on a GPU, three on a CPU.
+# codes as pixels. Then we look into it. Some minutes on a CPU.
 
 # %% [markdown]
 # **Set-up.** On Colab this installs the package; it takes a minute or two. On a machine that has it already it does nothing.
@@ -41,14 +41,13 @@ QUICK = bool(os.environ.get('BEITV2_JAX_QUICK'))  # the tests run this notebook 
 print(beitv2_jax.__version__, 'on', jax.devices())
 
 # %% [markdown]
-# **Train the chain.** `--steps 0.5` takes half of the usual steps. If you have a tokenizer already, set `TOKENIZER`, `PRETRAINED` and `DATA` below
-# and leave this cell out.
+# **Train the chain.** `--steps 0.5` takes half of the usual steps.
 
 # %%
 steps = '0.01' if QUICK else '0.5'
 done = subprocess.run([sys.executable, '-m', 'beitv2_jax', 'demo', '--out', 'demo', '--steps', steps], stdout=subprocess.PIPE, text=True)
 print(done.stdout[-1500:])
-TOKENIZER, PRETRAINED, DATA = 'demo/vqkd', 'demo/pretrained', 'digits'
+PRETRAINED, DATA = 'demo/pretrained', 'digits'  # or a model and images of yours
 
 # %% [markdown]
 # **What a model imagines.** From the top: digits it has not seen; what it is shown; the digits drawn from their 16 codes alone; what it

@@ -41,7 +41,7 @@ QUICK = bool(os.environ.get('BEITV2_JAX_QUICK'))  # the tests run this notebook 
 print(beitv2_jax.__version__, 'on', jax.devices())
 
 # %% [markdown]
-# **The file.** The address is the one that the official repository gives today; its older links are dead.
+# **The file.** The older links of the official repository are dead; this address was found in public code.
 
 # %%
 import urllib.request
@@ -82,8 +82,7 @@ run('convert', 'import', '--kind', 'tokenizer', '--from', str(FILE), '--list')
 run('convert', 'import', '--kind', 'tokenizer', '--from', str(FILE), '--out', 'tokenizer')
 
 # %% [markdown]
-# **Codes of a photo.** For the official tokenizer and the demo image of the official repository, the codes printed in its README are what
-# our tests compare with.
+# **Codes of a photo.**
 
 # %%
 import numpy as np

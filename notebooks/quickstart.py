@@ -17,7 +17,7 @@
 # # Quickstart: the codes of a photo
 #
 # A visual tokenizer turns every patch of an image into one of a few hundred or thousand *codes*: a picture becomes a small grid of
-# numbers, as a text becomes a list of word numbers. Here you train a small one in about a minute, look at the codes of a photo, and
+# numbers, as a text becomes a list of word numbers. Here you train a small one in a minute or two, look at the codes of a photo, and
 # find other patches with the same code.
 
 # %% [markdown]

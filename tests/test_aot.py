@@ -4,7 +4,7 @@ import jax
 import pytest
 from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
-from beitv2_jax.costs import estimate, hlo
+from beitv2_jax.costs import estimate, hlo, operations
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import flops
 from beitv2_jax.training import sharding
@@ -101,10 +101,34 @@ def test_a_device_is_a_chip(monkeypatch):
   for slice_ in ('v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2'):
     devices = estimate.topology_devices(slice_)
     assert len(devices) == 4 and sharding.make_mesh(-1, 1, devices).size == 4, slice_
+  assert len(estimate.topology_devices('tpu7x:2x2x1')) == 8  # two devices a chip
+
+
+@pytest.mark.parametrize(
+  'recipe, part, changes, low, high',
+  [
+    (beitv2_b16, 'student', {}, 0.999, 1.001),
+    (beitv2_b16, 'student', {'accumulate': 2}, 0.999, 1.001),
+    (beitv2_b16, 'student', {'scan': True}, 0.999, 1.001),
+    (beitv2_b16, 'student', {'remat': 'full'}, 1.2, 1.3),  # the blocks' forward once more
+    (beitv2_b16, 'student', {'attention': 'tpu'}, 0.999, 1.1),  # the kernel works on whole registers
+    (vqkd_b16, 'step', {}, 0.999, 1.003),
+    (finetune_b16, 'step', {}, 0.999, 1.001),
+  ],
+)
+def test_operations_in_the_program_are_those_of_the_formula(recipe, part, changes, low, high):
+  c = recipe.get_config().unlock()
+  c.batch_size = 16
+  c.accumulate = changes.pop('accumulate', 1)
+  c.layers.update(changes)
+  traced, _, _ = estimate.trace(c, jax.devices(), part)
+  products, kernels = operations.count(traced.jaxpr)
+  assert low < (products + kernels) / (16 * estimate.operations_per_image(c, part)) < high
+  assert (kernels > 0.02 * products) == (changes.get('attention') == 'tpu')
 
 
 def test_errors():
-  with pytest.raises(UserError, match='use one of v4, v5e, v5p, v6e'):
+  with pytest.raises(UserError, match='use one of v4, v5e, v5p, v6e, tpu7x'):
     estimate.report(beitv2_b16.get_config(), 'v7:2x2')
   c = beitv2_b16.get_config().unlock()
   c.batch_size = 12

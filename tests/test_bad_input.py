@@ -15,6 +15,8 @@ BAD = {
   'image size': (['--config=configs/vqkd_b16.py:smoke', '--config.data.image_size=30'], 'not a multiple of model.patch_size=8'),
   'no teacher': (['--config=configs/demo.py:stage=vqkd', '--config.teacher.name=/tmp'], 'no teacher in /tmp'),
   'recipe argument': (['--config=configs/vqkd_b16.py:smok'], 'unknown recipe argument'),
+  'recipe teacher': (['--config=configs/vqkd_b16.py:teacher=clap'], 'recipe argument teacher=clap: one of clip'),
+  'recipe stage': (['--config=configs/demo.py:stage=tokenizer'], 'recipe argument stage=tokenizer: one of teacher, vqkd'),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import beitv2_jax
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import SaveError, UserError
-from beitv2_jax.training import checkpoint, loop, metrics
+from beitv2_jax.training import checkpoint, events, loop, metrics
 from beitv2_jax.weights import stages, trees
 from tests.conftest import smoke
 
@@ -108,6 +108,10 @@ def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tmp_path, m
   with pytest.raises(FloatingPointError, match=r'not finite at step 5 .*last good checkpoint is step 3.*optim.lr'):
     loop.run(smoke('pretrain'), tmp_path)
   assert stages.load_variables(tmp_path)[2] == 3
+  last = events.read(tmp_path)[-1]
+  assert (
+    last['event'] == 'failed' and 'not finite' in last['text'] and ', failed; this page is of' in (tmp_path / 'report.html').read_text()
+  )
 
 
 def test_a_failed_save_is_clear_and_keeps_the_last_good_one(tmp_path, monkeypatch):

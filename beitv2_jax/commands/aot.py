@@ -17,7 +17,9 @@ from beitv2_jax.commands import arguments
 def main(argv: list[str] | None = None) -> int:
   parser = arguments.parser('aot', __doc__)
   parser.add_argument('--config', metavar='FILE', help='the recipe; --config.KEY=VALUE changes a field', dest='config', default=None)
-  parser.add_argument('--topology', default='v5e:2x2', help='chips: v4, v5e, v5p or v6e, a colon and the slice, as v5e:16x16 or v4:2x2x2')
+  parser.add_argument(
+    '--topology', default='v5e:2x2', help='chips: v4, v5e, v5p, v6e or tpu7x, a colon and the slice, as v5e:16x16 or v4:2x2x2'
+  )
   parser.add_argument(
     '--part',
     choices=('step', 'student', 'frozen', 'init'),

@@ -30,7 +30,8 @@ class StageFailed(Exception):
 def train(args: argparse.Namespace, stage: str, folder: Path, steps: int | None = None, **settings) -> None:
   """Runs one stage in a process of its own. Raises StageFailed."""
   steps = max(1, round(STEPS[stage] * args.steps)) if steps is None else steps
-  settings = {'data.source': args.data, 'steps': steps} | {k.replace('__', '.'): v for k, v in settings.items()}
+  caption = {'caption': 'a photo of a {}.'} if stage == 'teacher' and args.data != 'digits' else {}
+  settings = {'data.source': args.data, 'steps': steps} | caption | {k.replace('__', '.'): v for k, v in settings.items()}
   command = [sys.executable, '-m', 'beitv2_jax.main', f'--config=configs/demo.py:stage={stage}', f'--workdir={folder}']
   command += [f'--config.{k}={v}' for k, v in settings.items()]
   print('\n$ python ' + ' '.join(command[1:]), flush=True)

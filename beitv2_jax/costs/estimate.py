@@ -19,7 +19,7 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax import tasks
-from beitv2_jax.costs import hlo
+from beitv2_jax.costs import hlo, operations
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import flops
 from beitv2_jax.models.images import vqkd_images
@@ -46,6 +46,9 @@ CHIPS = {
   'v5e': Chip(1.5, 197, 16, 819, 200),
   'v5p': Chip(1.75, 459, 95, 2765, 600, True),
   'v6e': Chip(1.75, 918, 32, 1640, 448),
+  # docs.cloud.google.com/tpu/docs/tpu7x; a chip is two devices, each with half of everything. Its links (1,200 GB/s) are counted as v5p's,
+  # which that page gives as 1,200 and older ones as 600.
+  'tpu7x': Chip(2.2, 2307, 192, 7380, 600),
 }
 
 
@@ -104,6 +107,13 @@ def abstract_batch(config: Any, mesh: Any, part: str) -> dict[str, jax.ShapeDtyp
 
 def lower(config: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
   """(lowered program, mesh, abstract state) of a config's step on these devices, or of the `part` of it."""
+  traced, mesh, state = trace(config, devices, part)
+  with jax.set_mesh(mesh):
+    return traced.lower(), mesh, state
+
+
+def trace(config: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
+  """The same, traced only."""
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.model, devices)
   data = mesh.shape['data']
   if config.batch_size % (data * config.accumulate):
@@ -122,14 +132,14 @@ def lower(config: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
   state = layout.targets()
   with jax.set_mesh(mesh):
     if part == 'init':
-      return layout.init.lower(key), mesh, state
+      return layout.init.trace(key), mesh, state
     if part == 'frozen':
       tokenizer: Any = task.tokenizer  # ty: ignore[missing-attribute]
       codes = jax.jit(lambda frozen, image: tokenizer.apply(frozen, vqkd_images(image), method='tokens'))
-      return codes.lower(frozen, batch['image']), mesh, TrainState(state.step, frozen, {}, {})
+      return codes.trace(frozen, batch['image']), mesh, TrainState(state.step, frozen, {}, {})
     step = make_train_step(task, optimizer, schedule, config.accumulate, layout)
     step = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, everywhere))
-    return step.lower(state, {} if part == 'student' else frozen, batch, key), mesh, state
+    return step.trace(state, {} if part == 'student' else frozen, batch, key), mesh, state
 
 
 def bytes_per_chip(tree: Any) -> int:
@@ -141,31 +151,37 @@ def report(config: Any, topology: str, part: str = 'step', keep_hlo: str | Path 
   devices = topology_devices(topology)
   chip = CHIPS[topology.partition(':')[0]]
   chips = len({tuple(d.coords) for d in devices})
+  devices_a_chip = max(len(devices) // chips, 1)
   began, spent = time.monotonic(), time.process_time()
-  lowered, mesh, state = lower(config, devices, part)
-  compiled = lowered.compile()
+  traced, mesh, state = trace(config, devices, part)
+  found = operations.count(traced.jaxpr)
+  with jax.set_mesh(mesh):
+    compiled = traced.lower().compile()
   seconds, cpu_seconds = time.monotonic() - began, time.process_time() - spent
   text = _text(compiled, topology)
   if keep_hlo:
     Path(keep_hlo).write_text(text)
-  program = hlo.Program(text, kernel_cycles(chip, schedule_lengths(), 2 if chip.two_cores and chips == len(devices) else 1))
+  bandwidth = chip.bandwidth / (1 if chip.two_cores else devices_a_chip)
+  program = hlo.Program(text, kernel_cycles(chip, bandwidth, schedule_lengths(), 2 if chip.two_cores and devices_a_chip == 1 else 1))
   memory = compiled.memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  operations, images = operations_per_image(config, part), config.batch_size / chips
+  needed, images = operations_per_image(config, part), config.batch_size / chips
   moved = program.collectives()
   compute = program.cycles() / chip.clock / 1e9
-  linked = sum(m['bytes'] for m in moved) / (chip.links * 1e9)
+  linked = sum(m['bytes'] for m in moved) * devices_a_chip / (chip.links * 1e9)
+  room = chip.memory * 2**30 / devices_a_chip
   rate = images / compute if compute else float('nan')
   return dict(
-    topology=topology, chips=chips, mesh=dict(mesh.shape), task=config.task, part=part, batch_size=config.batch_size, images_per_chip=images,
+    topology=topology, chips=chips, devices_a_chip=devices_a_chip, mesh=dict(mesh.shape), task=config.task, part=part, batch_size=config.batch_size, images_per_chip=images,
     compile_seconds=round(seconds, 1), compile_cpu_seconds=round(cpu_seconds, 1),
     memory=dict(
       parameters=bytes_per_chip(state.params), optimizer=bytes_per_chip(state.opt_state), temporary=memory.temp_size_in_bytes,
-      total=used, chip=int(chip.memory * 2**30), fits=used < chip.memory * 2**30,
+      total=used, chip=int(room), fits=used < room,
     ),
-    model_gflop_per_image=operations / 1e9,
+    model_gflop_per_image=needed / 1e9,
+    found_gflop_per_image=dict(products=found[0] / config.batch_size / 1e9, kernels=found[1] / config.batch_size / 1e9),
     cycles=program.cycles(), seconds=compute, collective_seconds=linked,
-    images_per_second_chip=rate, share_of_peak=rate * operations / (chip.peak * 1e12),
+    images_per_second_chip=rate, share_of_peak=rate * needed / (chip.peak * 1e12),
     images_per_second_chip_no_overlap=images / (compute + linked) if compute else float('nan'),
     collectives=moved, operations=program.dearest(), without_estimate=program.without_estimate(), unknown_loops=program.unknown_loops,
   )  # fmt: skip
@@ -181,15 +197,15 @@ def _text(compiled: Any, topology: str) -> str:
     ) from e
 
 
-def kernel_cycles(chip: Chip, lengths: dict[str, int], cores: int) -> Callable:
-  """How hlo.Program counts a kernel of ours: as long as its schedule, one instruction a cycle, or as its bytes take.
+def kernel_cycles(chip: Chip, bandwidth: float, lengths: dict[str, int], cores: int) -> Callable:
+  """How hlo.Program counts a kernel of ours: as long as its schedule, one instruction a cycle, or as its bytes take at `bandwidth` GB/s.
 
   Memory stalls are not in the schedule.
   """
 
   def cycles(names: list[str], turns: int, moved: int) -> int | None:
     length = max((lengths[n] for n in names if n in lengths), default=None)
-    return None if length is None else max(length * turns // cores, int(moved / chip.bandwidth * chip.clock))
+    return None if length is None else max(length * turns // cores, int(moved / bandwidth * chip.clock))
 
   return cycles
 
@@ -217,15 +233,17 @@ def advice(config: Any, result: dict) -> str:
 
 def show(result: dict, top: int) -> str:
   gib = lambda n: f'{n / 2**30:.2f} GiB'
-  memory = result['memory']
+  found = result['found_gflop_per_image']
+  memory, each = result['memory'], 'chip  ' if result['devices_a_chip'] == 1 else 'device'
   lines = [
     f'{result["task"]} ({result["part"]}) on {result["topology"]}: {result["chips"]} chips, mesh {result["mesh"]}, {result["images_per_chip"]:g} images a chip; compiled in {result["compile_seconds"]} s ({result["compile_cpu_seconds"]} s of CPU)',
     '',
-    f'memory a chip       {gib(memory["total"])} of {gib(memory["chip"])}{"" if memory["fits"] else "   DOES NOT FIT"}',
+    f'memory a {each}     {gib(memory["total"])} of {gib(memory["chip"])}{"" if memory["fits"] else "   DOES NOT FIT"}',
     f'  parameters        {gib(memory["parameters"])}',
     f'  optimizer         {gib(memory["optimizer"])}',
     f'  temporaries       {gib(memory["temporary"])} (activations, gradients)',
     f'model operations    {result["model_gflop_per_image"]:.1f} GFLOP an image',
+    f'in the program      {sum(found.values()):.1f} GFLOP an image in products: {found["products"]:.1f} that the compiler counts, {found["kernels"]:.1f} inside our kernels',
     f'compiler estimate   {result["cycles"] / 1e6:.1f} M cycles, {1e3 * result["seconds"]:.1f} ms a step',
     f'                    {result["images_per_second_chip"]:,.0f} images/s a chip, {100 * result["share_of_peak"]:.1f} % of peak, if collectives hide behind compute',
     f"                    {result['images_per_second_chip_no_overlap']:,.0f} images/s a chip if none of them does ({1e3 * result['collective_seconds']:.1f} ms at the links' bandwidth)",

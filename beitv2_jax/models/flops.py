@@ -18,6 +18,7 @@ PEAKS = {
   'tpu v5': 459,
   'tpu v6 lite': 918,
   'tpu v6e': 918,
+  'tpu7x': 1153.5,  # half of a chip: it comes as two devices
   'a100': 312,
   'h100': 989,
   'h200': 989,

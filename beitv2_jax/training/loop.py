@@ -61,6 +61,9 @@ def run(config: Any, workdir: str | Path, about: dict[str, Any] | None = None) -
       training.report_page.refresh(now=True)
       training.metrics.say(f'stopped at step {training.step} and saved; the same command goes on from there.')
       raise
+    except Exception as e:
+      training.failed(e)
+      raise
     finally:
       training.close()
 
@@ -321,6 +324,12 @@ class Training:
         self.evaluate()
       if self.step < steps:
         batch = self.pull()
+
+  def failed(self, error: Exception) -> None:
+    """Leaves on record that the run ended with an error, if there is room."""
+    with contextlib.suppress(OSError, SaveError):
+      self.events.note('failed', self.step, text=(str(error).splitlines() or [''])[0][:300])
+      self.report_page.refresh(now=True)
 
   def finish(self) -> dict[str, float]:
     """Everything on disk, the last evaluation, and what the task leaves behind."""
