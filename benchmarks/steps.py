@@ -2,6 +2,7 @@
 
   python benchmarks/steps.py --model mim-base --batch 4                       two CPU cores, fp32
   python benchmarks/steps.py --model mim-base --batch 128 --dtype bfloat16 --group 10    on a GPU: JAX and torch must both see it
+  python benchmarks/steps.py --gpu 1 (then 2)       all that docs/performance.md compares on a GPU, in two calls of some minutes
 
 The PyTorch side is made of timm's BEiT blocks (fused attention with the position bias as its mask), transformers' CLIP and torch's
 fused AdamW, eager and compiled: what somebody would write today. Both sides make the images' codes or teacher features inside the step
@@ -11,15 +12,18 @@ own; `--rounds` times in turn. The figure is the median group of each round; rat
 
 import argparse
 import functools
+import importlib.metadata
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 
 SIDES = ('ours', 'torch', 'torch-compile')
-MODELS = ('vqkd-base', 'mim-base', 'mim-large')
+MODELS = ('vqkd-base', 'mim-base', 'mim-large', 'finetune-base')
+GPU = {1: ('mim-base', 'mim-large'), 2: ('vqkd-base', 'finetune-base')}
 
 
 def timed(args, step) -> list[float]:
@@ -41,7 +45,7 @@ def timed(args, step) -> list[float]:
 def ours(args) -> tuple[list[float], int]:
   import jax
   import numpy as np
-  from beitv2_jax.configs import beitv2_b16, beitv2_l16, vqkd_b16
+  from beitv2_jax.configs import beitv2_b16, beitv2_l16, finetune_b16, vqkd_b16
 
   from beitv2_jax import tasks
   from beitv2_jax.models import flops
@@ -51,8 +55,13 @@ def ours(args) -> tuple[list[float], int]:
   from beitv2_jax.training.train_step import make_train_step
 
   use_compilation_cache()
-  c = {'vqkd-base': vqkd_b16, 'mim-base': beitv2_b16, 'mim-large': beitv2_l16}[args.model].get_config().unlock()
-  c.dtype = c.tokenizer_dtype = args.dtype
+  recipes = {'vqkd-base': vqkd_b16, 'mim-base': beitv2_b16, 'mim-large': beitv2_l16, 'finetune-base': finetune_b16}
+  c = recipes[args.model[0]].get_config().unlock()
+  c.dtype = args.dtype
+  if 'tokenizer_dtype' in c:
+    c.tokenizer_dtype = args.tokenizer_dtype
+  if args.model[0] == 'finetune-base':
+    c.model.classes = 1000
   c.batch_size, c.layers.attention = args.batch, args.attention
   rng = np.random.default_rng(0)
   task, frozen = tasks.make(c, abstract=True)
@@ -64,6 +73,8 @@ def ours(args) -> tuple[list[float], int]:
   batch = dict(image=rng.integers(0, 256, (args.batch, 224, 224, 3), np.uint8))
   if 'mask' in c:
     batch['mask_index'] = np.stack([np.sort(rng.permutation(196)[:75]) for _ in range(args.batch)]).astype(np.int32)
+  if args.model[0] == 'finetune-base':
+    batch['label'] = rng.integers(0, 1000, args.batch).astype(np.int32)
   batch = sharding.put_batch(batch, mesh)
   key = jax.random.key(1)
   update = jax.jit(
@@ -182,8 +193,28 @@ def torch_model(name: str):
       rows = (index + 1)[:, :, None].expand(-1, -1, tokens.shape[-1])
       return sum(F.cross_entropy(self.lm_head(self.norm(t.gather(1, rows))).flatten(0, 1), labels) for t in (tokens, branch))
 
-  model = VQKD() if name == 'vqkd-base' else MIM(768, 12, 12, 9) if name == 'mim-base' else MIM(1024, 24, 16, 21)
-  return model
+  class Classifier(nn.Module):
+    """timm's own, with mixup (or cutmix, which costs the same) and smoothed labels, as the recipe has them."""
+
+    def __init__(self):
+      super().__init__()
+      import timm
+
+      self.body = timm.create_model('beitv2_base_patch16_224', num_classes=1000, drop_path_rate=0.2)
+      self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+      self.register_buffer('std', torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def loss(self, x, index):
+      labels = index[:, 0] % 1000
+      target = 0.9 * F.one_hot(labels, 1000).float() + 0.1 / 1000
+      x = (x - self.mean) / self.std
+      x, target = 0.7 * x + 0.3 * x.flip(0), 0.7 * target + 0.3 * target.flip(0)
+      return -(target * F.log_softmax(self.body(x).float(), -1)).sum(-1).mean()
+
+  models = {
+    'vqkd-base': VQKD, 'mim-base': lambda: MIM(768, 12, 12, 9), 'mim-large': lambda: MIM(1024, 24, 16, 21), 'finetune-base': Classifier,
+  }  # fmt: skip
+  return models[name]()
 
 
 def theirs(args, compiled: bool) -> tuple[list[float], int]:
@@ -192,7 +223,7 @@ def theirs(args, compiled: bool) -> tuple[list[float], int]:
   torch.manual_seed(0)
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   torch.backends.cuda.matmul.allow_tf32 = True
-  model = torch_model(args.model).to(device)
+  model = torch_model(args.model[0]).to(device)
   params = [p for p in model.parameters() if p.requires_grad]
   decay = [[p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]]
   groups = [dict(params=decay[0], weight_decay=0.05), dict(params=decay[1], weight_decay=0.0)]
@@ -205,7 +236,7 @@ def theirs(args, compiled: bool) -> tuple[list[float], int]:
     with torch.autocast(device, torch.bfloat16, enabled=args.dtype == 'bfloat16'):
       value = loss(images.float() / 255, index)
     value.backward()
-    if 'mim' in args.model:
+    if 'mim' in args.model[0]:
       torch.nn.utils.clip_grad_norm_(params, 3.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -214,19 +245,27 @@ def theirs(args, compiled: bool) -> tuple[list[float], int]:
   return timed(args, step), torch.cuda.max_memory_allocated() if device == 'cuda' else 0
 
 
-def start(side: str) -> subprocess.Popen:
+def start(model: str, side: str, more: list[str]) -> subprocess.Popen:
   path = os.pathsep.join([os.getcwd(), os.environ.get('PYTHONPATH', '')])
   env = os.environ | dict(PYTHONPATH=path, XLA_PYTHON_CLIENT_PREALLOCATE='false')
   return subprocess.Popen(
-    [sys.executable, __file__, *sys.argv[1:], '--side', side], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    [sys.executable, __file__, *sys.argv[1:], *more, '--model', model, '--side', side],
+    env=env,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
   )
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--model', choices=MODELS, default='mim-base')
+  parser.add_argument('--model', choices=MODELS, nargs='+', default=['mim-base'])
+  parser.add_argument('--gpu', type=int, choices=GPU, help='one of the two calls, with the batches, types and groups of the documentation')
   parser.add_argument('--batch', type=int, default=4)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+  parser.add_argument(
+    '--tokenizer-dtype', choices=('float32', 'bfloat16'), default='float32', help='ours: the frozen tokenizer (float32, as the recipe)'
+  )
   parser.add_argument('--steps', type=int, default=5, help='timed groups of steps; two steps come first')
   parser.add_argument('--group', type=int, default=1, help='steps in a group: more than one lets Python run ahead of the device')
   parser.add_argument('--attention', default='auto', help='ours: layers.attention')
@@ -237,28 +276,48 @@ def main() -> None:
     '--together', action='store_true', help='all sides compile at once (and share the memory); timed one by one all the same'
   )
   parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
-  args = parser.parse_args()
+  args, more = parser.parse_args(), []
+  if args.gpu:
+    more = '--batch 128 --dtype bfloat16 --steps 3 --group 10 --rounds 1 --together --sides ours torch-compile'.split()
+    args = parser.parse_args(
+      [*sys.argv[1:], *more, *(['--side', args.side, '--model', *args.model] if args.side else ['--model', *GPU[args.gpu]])]
+    )
   if args.side:
     times, peak = ours(args) if args.side == 'ours' else theirs(args, args.side == 'torch-compile')
     return print(json.dumps(dict(first=times[0], steps=times[2:], peak=peak)))
-  best = {}
+  versions()
+  best: dict[tuple[str, str], float] = {}
+  pairs = [(model, side) for model in args.model for side in args.sides]
   for _ in range(args.rounds):
-    for group in [args.sides] if args.together else [[side] for side in args.sides]:
-      running = {side: start(side) for side in group}
-      for side, process in running.items():
+    for group in [pairs] if args.together else [[pair] for pair in pairs]:
+      running = {pair: start(*pair, more) for pair in group}
+      for (model, side), process in running.items():
         if 'ready' not in iter(lambda p=process: p.stdout.readline().strip() if p.poll() is None else 'ended', 'ended'):
-          sys.exit(f'{side} failed; its message is above.')
-      for side, process in running.items():
+          sys.exit(f'{model}, {side} failed; its message is above.')
+      for (model, side), process in running.items():
         out = json.loads(process.communicate('go\n')[0].splitlines()[-1])
         median = statistics.median(out['steps'])
         memory = f', {out["peak"] / 2**30:.1f} GiB at its peak' if out['peak'] else ''
         print(
-          f'{side:14s} {median:8.4f} s a step, {args.batch / median:9.2f} images/s{memory} (first step {out["first"]:.1f} s)', flush=True
+          f'{model:14s} {side:14s} {median:8.4f} s a step, {args.batch / median:9.2f} images/s{memory} (first step {out["first"]:.1f} s)',
+          flush=True,
         )
-        best[side] = min(median, best.get(side, median))
-  if 'ours' in best:
-    for side in best.keys() - {'ours'}:
-      print(f'ours is {best[side] / best["ours"]:.2f} times as fast as {side}')
+        best[model, side] = min(median, best.get((model, side), median))
+  for model, side in best:
+    if side != 'ours' and (model, 'ours') in best:
+      print(f'{model}: ours is {best[model, side] / best[model, "ours"]:.2f} times as fast as {side}')
+
+
+def versions() -> None:
+  """What is compared, and on what."""
+  for package in ('jax', 'torch', 'timm', 'transformers'):
+    print(f'{package} {importlib.metadata.version(package)}', end='  ')
+  card = (
+    subprocess.run(['nvidia-smi', '--query-gpu=name,driver_version', '--format=csv,noheader'], capture_output=True, text=True)
+    if shutil.which('nvidia-smi')
+    else None
+  )
+  print(card.stdout.strip() if card else f'{os.cpu_count()} CPU cores', flush=True)
 
 
 if __name__ == '__main__':

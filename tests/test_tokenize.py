@@ -9,6 +9,7 @@ from pyarrow import parquet
 
 import beitv2_jax
 from beitv2_jax import commands
+from beitv2_jax.downstream import image_files
 from beitv2_jax.downstream.codes import tokenize
 from beitv2_jax.downstream.image_files import find_images
 from tests.conftest import smoke, untrained
@@ -65,3 +66,25 @@ def test_official_demo_codes():
   first = [3812, 7466, 1913, 1913, 1903, 1913, 1903, 1913, 3812, 7820, 6337, 2189, 7466, 7466]
   second = [2492, 3743, 5268, 3481, 5268, 4987, 445, 8009, 3501, 5268, 7820, 7831, 4816, 2189]
   assert codes.shape == (1, 14, 14) and (codes[0, :2].ravel() == first + second).mean() >= 0.95 and abs(len(np.unique(codes)) - 99) <= 3
+
+
+def test_files_are_decoded_ahead_in_order_and_broken_ones_left_out(tmp_path, capsys):
+  paths = []
+  for i in range(12):
+    paths.append(tmp_path / f'{i:02d}.png')
+    Image.new('RGB', (40, 30), (i, 0, 0)).save(paths[-1])
+  paths[5].write_bytes(b'no image')
+  batches = list(image_files.prepared(paths, 32, batch=4))
+  assert [[int(p.stem) for p in names] for names, _ in batches] == [[0, 1, 2, 3], [4, 6, 7, 8], [9, 10, 11]]
+  for names, images in batches:
+    assert images.shape[1:] == (32, 32, 3) and [int(x) for x in images[:, 0, 0, 0]] == [int(p.stem) for p in names]
+  assert '05.png does not decode' in capsys.readouterr().err
+
+
+def test_no_more_is_worked_on_than_is_allowed():
+  """A folder of a million photographs must not be read into memory while the first batch is looked at."""
+  started = []
+  results = image_files.in_threads(lambda i: started.append(i) or i * i, range(1000), ahead=3)
+  assert [next(results) for _ in range(3)] == [0, 1, 4] and len(started) <= 3 + 3 + (os.cpu_count() or 1) + 1
+  results.close()
+  assert len(started) < 100
