@@ -16,6 +16,7 @@ import numpy as np
 
 from beitv2_jax.downstream.survey import Survey
 from beitv2_jax.pictures import explorer_files as files
+from beitv2_jax.pictures import explorer_looks
 
 SIDE, PATCH = 224, 16
 GRID = SIDE // PATCH
@@ -37,11 +38,11 @@ def made_up(images: int, codes: int) -> Survey:
   return Survey(drawn, cosine, codes, means, rng.integers(0, 1000, images), [f'class {i}' for i in range(1000)])
 
 
-def look() -> files.Look:
+def look() -> explorer_looks.Look:
   rng = np.random.default_rng(0)
   n = GRID * GRID
   features = lambda images: rng.normal(size=(len(images), n, 512)).astype(np.float32)
-  return files.Look(features, features, lambda images: rng.dirichlet(np.ones(n), (len(images), n + 1)), "the teacher's features")
+  return explorer_looks.Look(features, features, lambda images: rng.dirichlet(np.ones(n), (len(images), n + 1)), "the teacher's features")
 
 
 FRAMES = """async (pixels) => {

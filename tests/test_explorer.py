@@ -16,6 +16,7 @@ from beitv2_jax.downstream import survey as surveys
 from beitv2_jax.downstream.survey import Survey
 from beitv2_jax.models import from_config
 from beitv2_jax.pictures import explorer_files as files
+from beitv2_jax.pictures import explorer_looks, site_data
 from beitv2_jax.weights import stages as workdirs
 from tests.conftest import smoke, untrained
 
@@ -108,7 +109,7 @@ def test_mean_patches():
 def test_short_features_keep_cosines():
   rng = np.random.default_rng(0)
   target = rng.normal(size=(500, 6)) @ rng.normal(size=(6, 50)) + 0.01 * rng.normal(size=(500, 50))
-  basis = files.Basis.fit(target, rng.normal(size=(500, 9)))
+  basis = explorer_looks.Basis.fit(target, rng.normal(size=(500, 9)))
   short = basis.short(target).astype(float) / basis.scale
   unit = target / np.linalg.norm(target, axis=1, keepdims=True)
   assert np.abs(short @ short.T - unit @ unit.T).max() < 0.03 and basis.error < 0.01
@@ -156,7 +157,7 @@ def test_the_site_says_what_the_tokenizer_does(stages, site):
   assert summary['surveyed'] == 24 and summary['images'] == 10 and summary['classes'] == ['kind 0', 'kind 1', 'kind 2']
   book = summary['books'][0]
   assert sum(book['counts']) == book['patches'] == 24 * 16 and len(book['order']) == book['used'] == len(book['map'])
-  assert files.read(site / 'data' / 'compare.js').keys() >= {'information', 'normalized', 'a', 'b'}
+  assert site_data.read(site / 'data' / 'compare.js').keys() >= {'information', 'normalized', 'a', 'b'}
   # Image 3 of the page, through the tokenizer once more.
   model, name, label = beitv2_jax.load(stages / 'one'), summary['names'][3], summary['labels'][3]
   from beitv2_jax.downstream.codes import tokenize
@@ -165,11 +166,11 @@ def test_the_site_says_what_the_tokenizer_does(stages, site):
   np.testing.assert_array_equal(files.read_codes(site, 0, summary['grid'])['a'][3], codes[0])
   # What is said of a code agrees with the counts.
   code = book['order'][0]
-  about = files.read(site / 'a' / 'codes' / '000.js')[str(code)]
+  about = site_data.read(site / 'a' / 'codes' / '000.js')[str(code)]
   heat = np.frombuffer(base64.b64decode(about['heat']), np.uint8)
   assert len(heat) == 16 and heat.max() == 255 and len(about['typical']) == files.CELLS
   assert sum(share for _, share in about['classes']) == pytest.approx(1, abs=1e-3)
-  look = files.read(site / 'images' / 'looks' / '00003.js')
+  look = site_data.read(site / 'images' / 'looks' / '00003.js')
   seen = np.frombuffer(base64.b64decode(look['attention']), np.uint8).reshape(17, 16)
   assert (seen.max(1) == 255).all() and np.frombuffer(base64.b64decode(look['colors']), np.uint8).size == 48
   assert Image.open(site / 'a' / 'details' / '000.jpg').size == (files.CELLS * files.DETAIL, book['used'] * files.DETAIL)
@@ -216,7 +217,7 @@ def test_without_the_teacher_the_decoder_stands_in(stages, tmp_path):
 
   features = np.asarray(beitv2_jax.load(tmp_path / 'one').reconstruct(CenterCrop(32)(dict(image=image), None)['image'][None]))[0]
   features = features / np.linalg.norm(features, axis=1, keepdims=True)
-  look = files.read(out / 'images' / 'looks' / '00000.js')
+  look = site_data.read(out / 'images' / 'looks' / '00000.js')
   short = np.frombuffer(base64.b64decode(look['features']), np.int8).reshape(16, 8) / look['scale']
   np.testing.assert_allclose(short @ short.T, features @ features.T, atol=0.03)
 

@@ -5,6 +5,7 @@ import pytest
 
 from beitv2_jax.downstream.survey import Survey
 from beitv2_jax.pictures import explorer_files as files
+from beitv2_jax.pictures import explorer_looks
 from tests.browser import Page, assert_readable, chromium
 
 GRID, SIDE = (6, 6), 48
@@ -45,7 +46,7 @@ def look():
     x = np.random.default_rng(0).uniform(0, 1, (len(images), 37, 36))
     return x / x.sum(-1, keepdims=True)
 
-  return files.Look(features, features, attention, "the teacher's features")
+  return explorer_looks.Look(features, features, attention, "the teacher's features")
 
 
 def about(n, **more):

@@ -15,6 +15,7 @@ from beitv2_jax.downstream import image_files, imagine, survey, trained
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.images import unit_images
 from beitv2_jax.pictures import explorer_files as files
+from beitv2_jax.pictures import explorer_looks
 from beitv2_jax.tasks import teachers
 
 
@@ -134,7 +135,7 @@ def code_faces(pixels: trained.Model, found: survey.Survey, most: int = 1000) ->
   return imagine.faces(pixels, found.codes[places])[0]
 
 
-def look_of(models: Models) -> files.Look:
+def look_of(models: Models) -> explorer_looks.Look:
   """Attention and features of the model that was given for them, or else of the tokenizer's encoder; and the teacher's features, or
   what the tokenizer's decoder makes of them where the teacher cannot be opened."""
   model = models.features or models.tokenizer
@@ -148,7 +149,7 @@ def look_of(models: Models) -> files.Look:
     target = models.tokenizer.reconstruct
     target_is = "the teacher's features as the tokenizer's decoder predicts them (the teacher itself could not be opened here)"
   in_parts = lambda function, images: trained.in_batches(function, images, batch=min(16, len(images)))
-  return files.Look(
+  return explorer_looks.Look(
     target=lambda images: np.asarray(in_parts(target, images), np.float32),
     patches=lambda images: in_parts(model.features, images)['patches'],
     attention=lambda images: in_parts(lambda x: model.attention(x)[..., 1:].mean(1), images),

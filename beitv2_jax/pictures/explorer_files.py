@@ -11,14 +11,9 @@ What it writes into a folder (`OUT`), all read by site/explorer.js:
   a/means/000.png            their mean patch, and what a pixel decoder draws for them
   a/codes/000.js             their typical patches, heat map, neighbours, classes, images
   images/00000.jpg           an image; images/codes/000.js the codes of 50; images/looks/00000.js its features and attention
-
-A browser does not let a page from disk read other files, but it runs scripts: so data are scripts that call explorer.load(name, value).
 """
 
-import base64
 import dataclasses
-import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -28,10 +23,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from beitv2_jax.downstream import patch_features
 from beitv2_jax.downstream import survey as surveys
 from beitv2_jax.downstream.survey import Survey
 from beitv2_jax.errors import UserError
+from beitv2_jax.pictures.explorer_looks import Basis, Look, write_look, write_looks
+from beitv2_jax.pictures.site_data import packed, read, rounded, unpacked, write
 from beitv2_jax.progress import bar
 
 SITE = Path(__file__).parent / 'site'
@@ -41,7 +37,6 @@ CELLS, WINDOW, DETAIL = 8, 5, 80  # typical patches of a code; patches that a pi
 CARD_CELLS, CARD_WINDOW, CARD = 4, 3, 48  # the same in a card
 MEAN = 32
 GREY = 128  # where there is no image
-DIMENSIONS = 32  # of the short features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +47,6 @@ class Book:
   survey: Survey
   embedding: np.ndarray  # [K, C], unit rows
   faces: np.ndarray | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-  """What is drawn over images besides codes. `features` and `looks` take uint8 images [b, h, w, 3].
-
-  `target(images)` → [b, N, V], features whose similarity is shown; `patches(images)` → [b, N, D], coloured by principal components;
-  `attention(images)` → [b, 1 + N, N], where [CLS] and each patch look. `target_is` says in words what `target` is.
-  """
-
-  target: Callable[[np.ndarray], np.ndarray]
-  patches: Callable[[np.ndarray], np.ndarray]
-  attention: Callable[[np.ndarray], np.ndarray]
-  target_is: str
 
 
 def build(out: Path, books: list[Book], images: Callable[[np.ndarray], Any], look: Look | None, about: dict[str, Any], shown: int) -> Path:
@@ -162,30 +143,6 @@ def read_summary(out: Path) -> dict[str, Any]:
     raise UserError(
       f'no explorer in {out}: make one first, python -m beitv2_jax explore --from TOKENIZER --data SOURCE --out {out}.'
     ) from e
-
-
-def write(path: Path, name: str, value: Any) -> None:
-  """`value` as a script that hands it to the page under `name`."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(value, separators=(',', ':'), ensure_ascii=False, allow_nan=False).replace('</', '<\\/')
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(f'explorer.load({json.dumps(name)},{text})\n', encoding='utf-8', errors='replace')  # file names may be no text
-  temporary.replace(path)
-
-
-def read(path: Path) -> Any:
-  """What `write` wrote."""
-  text = path.read_text(encoding='utf-8')
-  return json.loads(text[text.index(',') + 1 : text.rindex(')')])
-
-
-def packed(array: np.ndarray) -> str:
-  """Base64 of an array's bytes, little endian, row by row."""
-  return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
-
-
-def rounded(values: np.ndarray, digits: int = 3) -> list:
-  return np.round(np.asarray(values, np.float64), digits).tolist()
 
 
 def image_path(out: Path, number: int) -> Path:
@@ -351,93 +308,6 @@ def compare(a: Book, b: Book) -> dict[str, Any]:
   return surveys.agreement(joint) | dict(a=matches(joint), b=matches(joint.T))
 
 
-@dataclasses.dataclass(frozen=True)
-class Basis:
-  """Directions onto which features are laid: of `target` [V, d], and, less their mean, of `patches` [D, 3] with their range [2, 3]."""
-
-  target: np.ndarray
-  scale: Any  # a short feature's unit in int8
-  mean: np.ndarray
-  colors: np.ndarray
-  range: np.ndarray
-  error: Any  # mean error of a cosine made from short features
-
-  @classmethod
-  def fit(cls, target: np.ndarray, patches: np.ndarray) -> 'Basis':
-    """From features of a sample of patches, [m, V] and [m, D]."""
-    target = unit(target.astype(np.float64))
-    vectors = np.linalg.eigh(target.T @ target)[1][:, ::-1][:, : min(DIMENSIONS, target.shape[1])]
-    short = target @ vectors
-    scale = float(127 / max(np.abs(short).max(), 1e-12))
-    rng = np.random.default_rng(0)
-    i, j = rng.integers(0, len(target), (2, 20_000))
-    error = float(np.abs((short[i] * short[j]).sum(1) - (target[i] * target[j]).sum(1)).mean())
-    return cls(vectors.astype(np.float32), scale, *patch_features.principal_components(patches.astype(np.float64)), error)
-
-  def save(self, path: Path) -> None:
-    np.savez(path, **dataclasses.asdict(self))
-
-  @classmethod
-  def load(cls, path: Path) -> 'Basis':
-    with np.load(path, allow_pickle=False) as file:
-      values = dict(file)
-    return cls(**values)
-
-  def short(self, target: np.ndarray) -> np.ndarray:
-    """[N, V] → int8 [N, d]."""
-    return np.clip(np.rint(unit(target) @ self.target * self.scale), -127, 127).astype(np.int8)
-
-  def colored(self, patches: np.ndarray) -> np.ndarray:
-    """[N, D] → uint8 [N, 3]."""
-    return patch_features.colored(patches, self.mean, self.colors, self.range)
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def write_looks(
-  out: Path, images: Callable[[np.ndarray], Any], chosen: np.ndarray, look: Look, batch: int = 16, sample: int = 128
-) -> Basis:
-  """Features and attention of the shown images, laid onto directions that a sample of them gives."""
-  few = chosen[np.unique(np.linspace(0, len(chosen) - 1, min(sample, len(chosen))).round().astype(int))]
-  target, patches = [], []
-  for part in in_groups(images(few), batch):
-    target.append(np.concatenate(look.target(part)))
-    patches.append(np.concatenate(look.patches(part)))
-  basis = Basis.fit(np.concatenate(target), np.concatenate(patches))
-  basis.save(out / 'data' / 'basis.npz')
-  done = 0
-  for part in bar(in_groups(images(chosen), batch), 'batches', math.ceil(len(chosen) / batch), 'features and attention'):
-    write_look(out, done, part, look, basis)
-    done += len(part)
-  return basis
-
-
-def write_look(out: Path, start: int, images: np.ndarray, look: Look, basis: Basis) -> None:
-  for i, (target, patches, attention) in enumerate(zip(look.target(images), look.patches(images), look.attention(images))):
-    # Against the largest of each row, by its root: what little attention there is elsewhere can be seen too.
-    share = np.sqrt(attention / np.maximum(attention.max(-1, keepdims=True), 1e-12))
-    value = dict(
-      features=packed(basis.short(target)),
-      scale=float(basis.scale),
-      colors=packed(basis.colored(patches)),
-      attention=packed(np.rint(255 * share).astype(np.uint8)),
-    )
-    write(out / 'images' / 'looks' / f'{start + i:05d}.js', f'looks/{start + i}', value)
-
-
-def in_groups(images: Any, size: int) -> Any:
-  group = []
-  for image in images:
-    group.append(image)
-    if len(group) == size:
-      yield np.stack(group)
-      group = []
-  if group:
-    yield np.stack(group)
-
-
 def write_codes(out: Path, begin: int, codes: dict[str, np.ndarray]) -> None:
   """The codes of up to IMAGE_BLOCK images from number `begin` on, in four bytes each."""
   value = {key: packed(c.astype('<u4')) for key, c in codes.items()}
@@ -446,7 +316,7 @@ def write_codes(out: Path, begin: int, codes: dict[str, np.ndarray]) -> None:
 
 def read_codes(out: Path, begin: int, grid: list[int]) -> dict[str, np.ndarray]:
   value = read(out / 'images' / 'codes' / f'{begin // IMAGE_BLOCK:03d}.js')
-  return {key: np.frombuffer(base64.b64decode(c), '<u4').reshape(-1, *grid).astype(np.int32) for key, c in value.items()}
+  return {key: unpacked(c, '<u4').reshape(-1, *grid).astype(np.int32) for key, c in value.items()}
 
 
 def size_on_disk(out: Path) -> int:

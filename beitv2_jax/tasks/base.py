@@ -14,6 +14,7 @@ class Task:
   """Base of all tasks: what a task can do, with what most need by default."""
 
   config: Any
+  title: str  # what is trained, in words
   headline: tuple[str, ...] = ()  # the figures besides the loss that matter most while this trains
 
   def init(self, key: jax.Array) -> dict:

@@ -102,6 +102,7 @@ def head_in_order(head: Any, theirs: tuple[str, ...], config: Any) -> Any:
 class ClassifyTask(Task):
   config: Any
   model: Classifier
+  title = 'a classifier'
   headline = ('acc1',)
 
   def init(self, key):

@@ -71,6 +71,8 @@ class ClipTask(Task):
   config: Any
   model: Any
 
+  title = 'a small CLIP'
+
   def init(self, key):
     return {'params': teacher.fresh_clip_params(self.model, key)}
 

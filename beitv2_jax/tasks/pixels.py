@@ -40,6 +40,7 @@ class PixelsTask(Task):
   config: Any
   model: PixelDecoder
   tokenizer: VQKD
+  title = 'a decoder of codes to pixels'
   headline = ('psnr',)
 
   def init(self, key):

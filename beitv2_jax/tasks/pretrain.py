@@ -58,6 +58,7 @@ class PretrainTask(Task):
   config: Any
   model: MIM
   tokenizer: VQKD
+  title = 'masked image modelling (BEiT v2)'
   headline = ('mim_acc_1', 'mim_acc_2')
 
   def init(self, key):

@@ -40,6 +40,8 @@ class RegressTask(Task):
   model: MIM
   teacher: teacher.Teacher | None  # None: pixels
 
+  title = 'masked image modelling (regression)'
+
   def init(self, key):
     return from_config.init(self.model, self.config, key)
 

@@ -40,6 +40,7 @@ def labels_of(config: Any) -> scenes.Labels:
 class SegmentTask(Task):
   config: Any
   model: Segmenter
+  title = 'a segmenter (UperNet)'
   headline = ('pixel_acc',)
 
   def init(self, key):

@@ -72,6 +72,7 @@ class TokenizerTask(Task):
   config: Any
   model: VQKD
   teacher: teacher.Teacher | None  # None: its features come with the batch
+  title = 'a visual tokenizer (VQ-KD)'
   headline = ('perplexity', 'dead_codes')
 
   def init(self, key):

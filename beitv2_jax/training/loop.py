@@ -5,35 +5,30 @@ was reached, and only then pull the next batch. A state whose loss was not finit
 """
 
 import contextlib
-import dataclasses
-import importlib.metadata
-import math
-import platform
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from beitv2_jax import __version__, storage, tasks
 from beitv2_jax import config as config_lib
-from beitv2_jax.data import pipeline, sources
+from beitv2_jax import storage, tasks
+from beitv2_jax.data import pipeline
 from beitv2_jax.errors import SaveError, UserError
-from beitv2_jax.kernels import attention, chip, functions
 from beitv2_jax.reports import draw
-from beitv2_jax.training import evaluate, events, optim, report, sharding, terminal, trackers
+from beitv2_jax.training import announce, evaluate, events, report, sharding, terminal
 from beitv2_jax.training.checkpoint import Checkpoints
 from beitv2_jax.training.events import Events
 from beitv2_jax.training.interruptions import Interrupted, Signals
 from beitv2_jax.training.lock import Lock
 from beitv2_jax.training.metrics import Metrics
 from beitv2_jax.training.profile import Profile
-from beitv2_jax.training.train_state import StateLayout, TrainState, state_layout
+from beitv2_jax.training.setup import Setup, prepare
+from beitv2_jax.training.train_state import TrainState
 from beitv2_jax.training.train_step import make_train_step
 from beitv2_jax.weights import stages, trees
 
@@ -78,57 +73,6 @@ def writing(workdir: Any, checkpoints: Checkpoints) -> Generator[None]:
     raise SaveError(f'could not write {where}: {e.strerror or e}. {checkpoints.last_good()}') from e
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-  """What a run is made of and does not change."""
-
-  config: Any
-  workdir: Any
-  task: tasks.Task
-  frozen: Any  # weights that are used and not trained, as numpy arrays
-  sources: dict[str, Any]  # of 'train' and 'eval'
-  transforms: dict[str, Any]
-  steps: int
-  mesh: Any
-  optimizer: Any
-  schedule: Callable
-  layout: StateLayout
-  understood: list[str]  # what the data are taken to be
-  began: float  # time.monotonic() when it was prepared
-  init_key: jax.Array
-  warm_start_key: jax.Array
-  step_key: jax.Array
-
-
-def planned_steps(config: Any, images: int) -> tuple[int, int]:
-  """(total, warmup) steps of a config for a data set of `images`."""
-  per_epoch = max(images // config.batch_size, 1)
-  steps = config.steps if config.steps >= 0 else round(config.epochs * per_epoch)
-  optim_config = config.optim
-  return steps, optim_config.warmup_steps if optim_config.warmup_steps >= 0 else round(optim_config.warmup_epochs * per_epoch)
-
-
-def prepare(config: Any, workdir: Any) -> Setup:
-  """Opens data, task and mesh, and plans where the state will lie. Writes nothing. Raises UserError for bad input."""
-  began = time.monotonic()
-  config_lib.check(config)
-  trackers.check(config.get('track', ''))
-  opened = {split: sources.make(config.data.source, split, config.data.dir, config.data.holdout) for split in ('train', 'eval')}
-  opened = tasks.sources_of(config, opened)
-  if 0 < config.data.get('limit', 0) < len(opened['train']):
-    opened['train'] = sources.limited(opened['train'], config.data.limit)
-  task, frozen = tasks.make(config, source=opened['train'])
-  understood = task.look_at(opened)
-  transforms = {split: task.transforms(task.config, split == 'train', opened[split]) for split in opened}
-  steps, warmup = planned_steps(config, len(opened['train']))
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
-  optimizer, schedule = optim.make(config.optim, steps, warmup)
-  # Made on the mesh: a key on one device would have to move to the others in every step.
-  make_keys = jax.jit(lambda: tuple(jax.random.split(jax.random.key(config.seed), 3)), out_shardings=sharding.replicated(mesh))
-  layout = state_layout(task, optimizer, mesh, config)
-  return Setup(config, workdir, task, frozen, opened, transforms, steps, mesh, optimizer, schedule, layout, understood, began, *make_keys())
-
-
 def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
   """The state of the newest checkpoint, or a new one, on the devices; metrics and batches from there on."""
   config, workdir = setup.config, setup.workdir
@@ -149,12 +93,19 @@ def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
     output.bring(events.NAME)
     output.bring('tracker.json')
     metrics = Metrics(output.folder, start, setup.steps, workdir.name, setup.task.headline, config.get('track', ''), config)
-    describe(setup, metrics, start, notes)
+    announce.describe(setup, metrics, start, notes)
     kind = jax.devices()[0].device_kind
     history = Events(
-      output.folder, start, setup.steps, devices=setup.mesh.size, device=kind, processes=jax.process_count(), versions=versions(), **about
+      output.folder,
+      start,
+      setup.steps,
+      devices=setup.mesh.size,
+      device=kind,
+      processes=jax.process_count(),
+      versions=announce.versions(),
+      **about,
     )
-    notes += check_kernels(config, metrics)
+    notes += announce.check_kernels(config, metrics)
     for note in notes:
       if note.startswith('warning: '):
         history.warn(start, note)
@@ -187,78 +138,6 @@ def start_from(where: str, task: tasks.Task, state: TrainState, shardings: Train
   variables = task.adopt(config, variables, fresh)
   trees.check_same(variables, fresh, f'init_from={where}', 'the model of this config', 'Give this stage the same sizes.')
   return TrainState.join(sharding.put(variables, shardings.split()[0]), optimizer)
-
-
-def describe(setup: Setup, metrics: Metrics, start: int, notes: list[str]) -> None:
-  """Leaves config.json and parameters.txt in the workdir, and says in the terminal what is about to happen."""
-  config, workdir, params = setup.config, setup.workdir, setup.layout.abstract.params
-  finished = 0 < setup.steps <= start and (workdir / 'config.json').exists()  # such a run is not changed any more
-  if jax.process_index() == 0 and not finished:
-    config_lib.save(config, workdir)
-    storage.write(workdir / 'data.txt', '\n'.join(setup.understood) + '\n')
-    storage.write(workdir / 'parameters.txt', parameter_overview.get_parameter_overview(params, include_stats=False) + '\n')
-  images = len(setup.sources['train'])
-  metrics.say(
-    f'{workdir.name}: {WHAT[config.task]}, {int(parameter_overview.count_parameters(params)):,} parameters; {setup.steps:,} steps of '
-    f'{config.batch_size} images, {setup.steps * config.batch_size / images:,.1f} times over {images:,}; on {devices_in_words(setup.mesh)}, which each keep '
-    f'{terminal.size(bytes_a_device(setup.layout))} of parameters and moments between steps'
-  )
-  if start:
-    metrics.say(f'going on from step {start}')
-  elif config.init_from:
-    metrics.say(f'starting from the weights in {config.init_from}')
-  for note in [*setup.understood, *notes]:
-    metrics.say(note)
-
-
-def versions() -> dict[str, str]:
-  """What a run depends on for its numbers."""
-  return dict(beitv2_jax=__version__, python=platform.python_version()) | {
-    p: importlib.metadata.version(p) for p in ('jax', 'flax', 'optax')
-  }
-
-
-def check_kernels(config: Any, metrics: Metrics) -> list[str]:
-  """Holds our kernels for this chip to plain XLA, and says which are left alone."""
-  attention.check(config_lib.head_dims(config))
-  functions.check()
-  chip.agree()
-  notes = [
-    f'warning: our {kernel} does not work on this chip ({why}); taking plain XLA, which is slower, unless the config insists.'
-    for kernel, why in chip.refused.items()
-  ]
-  for note in notes:
-    metrics.say(note)
-  return notes
-
-
-WHAT = dict(
-  clip='a small CLIP',
-  tokenizer='a visual tokenizer (VQ-KD)',
-  pretrain='masked image modelling (BEiT v2)',
-  classifier='a classifier',
-  segmenter='a segmenter (UperNet)',
-  pixels='a decoder of codes to pixels',
-)
-
-
-def devices_in_words(mesh: Any) -> str:
-  kind = jax.devices()[0].device_kind
-  return f'{mesh.size} {"CPU" if kind == "cpu" else kind} device{"s" * (mesh.size > 1)}'
-
-
-def device_memory() -> str:
-  """'; at most 11.2 GiB of 15.7 GiB were in use on a device', where the device tells."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  if not {'peak_bytes_in_use', 'bytes_limit'} <= stats.keys():
-    return ''
-  return f'; at most {terminal.size(stats["peak_bytes_in_use"])} of {terminal.size(stats["bytes_limit"])} were in use on a device'
-
-
-def bytes_a_device(layout: StateLayout) -> int:
-  """Of the state between steps, on the device that keeps most of it."""
-  sizes = jax.tree.map(lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize, layout.abstract, layout.shardings)
-  return sum(jax.tree.leaves(sizes))
 
 
 class Training:
@@ -424,7 +303,7 @@ class Training:
     self.metrics.progress(step, values, self.setup.config.batch_size)
     if self.events.first:
       self.metrics.say(
-        f'the first step was done after {terminal.duration(time.monotonic() - self.began)} (opening, compiling){device_memory()}'
+        f'the first step was done after {terminal.duration(time.monotonic() - self.began)} (opening, compiling){announce.device_memory()}'
       )
     with writing(self.setup.workdir, self.checkpoints):
       self.events.stepped(step, waited)
