@@ -12,7 +12,13 @@ if (
 
 # The Python door. jax is imported only when it is needed.
 def load(directory, ema=False):
-  """Opens anything trained here: see beitv2_jax.downstream.trained.load."""
+  """A trained model, ready to be asked: a beitv2_jax.downstream.trained.Model.
+
+  Args:
+    directory: a workdir (its newest whole checkpoint), WORKDIR@STEP, or what `python -m beitv2_jax convert import` made.
+    ema: the running average of the weights instead, where training kept one (ema_decay).
+  Raises UserError if there is none.
+  """
   from beitv2_jax.downstream import trained
 
   return trained.load(directory, ema)

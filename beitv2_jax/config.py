@@ -281,7 +281,7 @@ def load(workdir: str | Path, what: str = 'a workdir of a finished stage') -> Co
   path = storage.place(workdir) / 'config.json'
   with storage.reaching(path):
     if not path.exists() or path.is_dir():
-      raise UserError(f'no config.json in {path.parent}: expected {what}.')
+      raise UserError(f'{_not_there(path.parent)}: expected {what}.')
     content = path.read_bytes()
   try:
     config = ConfigDict(json.loads(content))
@@ -292,6 +292,16 @@ def load(workdir: str | Path, what: str = 'a workdir of a finished stage') -> Co
       f'{path} is not of a stage trained here: expected {what}. (A Hugging Face or timm model comes in through python -m beitv2_jax convert.)'
     )
   return config
+
+
+def _not_there(folder: Any) -> str:
+  """What is wrong with a folder that has no config.json, in words."""
+  if not folder.exists():
+    return f'there is no folder {folder}'
+  if not folder.is_dir():
+    return f'{folder} is a file'
+  inside = sorted(p.parent.name for p in folder.glob('*/config.json'))
+  return f'no config.json in {folder}' + (f'; give one of the runs in it, such as {folder / inside[0]}' if inside else '')
 
 
 def changes(old: ConfigDict, new: ConfigDict, prefix: str = '') -> list[str]:

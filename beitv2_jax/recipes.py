@@ -75,7 +75,9 @@ def _in_one_line(error: Exception, argv: list[str]) -> UserError:
   found = re.search(r'\w+', str(error).replace('"', '').replace("'", ' ')) if isinstance(error, (AttributeError, KeyError)) else None
   guilty = next((a for a in argv if found and re.search(rf'\.{found[0]}\b', a.partition('=')[0])), None)
   if guilty:
-    return UserError(f'unknown config key in {guilty}; the keys are in beitv2_jax/config.py and the recipe.')
+    meant = re.search(r'Did you mean "(\w+)"', str(error))
+    close = f' Did you mean {meant[1]}?' if meant else ''
+    return UserError(f'unknown config key in {guilty}.{close} The keys are in beitv2_jax/config.py and the recipe.')
   if "no attribute 'get_config'" in str(error):
     file = next((a for a in argv if a.startswith('--config=')), '--config')
     return UserError(f'{file} is no recipe: it has no function get_config(arg).')

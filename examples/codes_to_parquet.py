@@ -15,6 +15,8 @@ from beitv2_jax.downstream import codes, image_files
 
 
 def main(tokenizer: str, folder: str, out: str) -> None:
+  if not Path(folder).is_dir():
+    sys.exit(f'{folder} is no folder')
   model = beitv2_jax.load(tokenizer)
   files, grids = codes.tokenize(model, image_files.find_images([folder]))
   counts = [np.bincount(grid.ravel()) for grid in grids]
@@ -30,4 +32,4 @@ def main(tokenizer: str, folder: str, out: str) -> None:
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(*sys.argv[1:]) if len(sys.argv) == 4 else sys.exit(__doc__)

@@ -12,6 +12,8 @@ from beitv2_jax.downstream import predictions
 
 def main(pretrained: str, folder: str, workdir: str, image: str) -> None:
   before = beitv2_jax.load(pretrained).config
+  if before.task != 'pretrain':
+    sys.exit(f'{pretrained} is a {before.task}; give a pretrained model')
   sizes = {f'model.{key}': before.model[key] for key in ('width', 'depth', 'heads', 'patch_size', 'layer_scale')}
   config = beitv2_jax.recipe(
     'configs/finetune_b16.py',
@@ -32,4 +34,4 @@ def main(pretrained: str, folder: str, workdir: str, image: str) -> None:
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(*sys.argv[1:]) if len(sys.argv) == 5 else sys.exit(__doc__)

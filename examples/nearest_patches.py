@@ -16,11 +16,15 @@ from beitv2_jax.reports import draw
 
 def main(tokenizer: str, folder: str, photo: str, row: str, column: str, out: str) -> None:
   model = beitv2_jax.load(tokenizer)
+  if model.kind != 'tokenizer' or not (0 <= int(row) < model.grid[0] and 0 <= int(column) < model.grid[1]):
+    sys.exit(f'{tokenizer} is a {model.kind} with rows and columns 0 to {model.grid[0] - 1}')
   size, patch = model.config.data.image_size, model.config.model.patch_size
   wanted, found = (0, int(row), int(column)), []
-  for _, images in image_files.prepared([Path(photo), *image_files.find_images([folder])], size, batch=32):
+  for files, images in image_files.prepared([Path(photo), *image_files.find_images([folder])], size, batch=32):
     codes, cosines = map(np.array, model.assignments(images))
     if not found:  # the photo is the first of all
+      if files[0] != Path(photo):
+        sys.exit(f'{photo} does not decode')
       code, cosines[wanted] = codes[wanted], 2.0
     found += [(float(cosines[at]), draw.patches_of(images, patch)[at]) for at in zip(*np.nonzero(codes == code))]
   nearest = [tile for _, tile in sorted(found, key=lambda pair: -pair[0])][:64]
@@ -29,4 +33,4 @@ def main(tokenizer: str, folder: str, photo: str, row: str, column: str, out: st
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(*sys.argv[1:]) if len(sys.argv) == 7 else sys.exit(__doc__)

@@ -18,6 +18,8 @@ from beitv2_jax.models import mim
 
 def main(tokenizer: str, folder: str, steps: int = 20) -> None:
   frozen = beitv2_jax.load(tokenizer)
+  if frozen.kind != 'tokenizer':
+    sys.exit(f'{tokenizer} is a {frozen.kind}; give a tokenizer')
   model = mim.MIM(64, 4, 4, frozen.config.model.patch_size, frozen.grid, vocab=frozen.config.model.codes, early_layer=3)
   files, patches = image_files.find_images([folder]), frozen.grid[0] * frozen.grid[1]
   batches = [images for _, images in image_files.prepared(files, frozen.config.data.image_size, batch=16)]
@@ -44,4 +46,4 @@ def main(tokenizer: str, folder: str, steps: int = 20) -> None:
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:3])
+  main(*sys.argv[1:]) if len(sys.argv) == 3 else sys.exit(__doc__)

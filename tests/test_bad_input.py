@@ -10,11 +10,13 @@ from tests.conftest import run_main
 BAD = {
   'unknown config key': (['--config=configs/vqkd_b16.py:smoke', '--config.optim.learning_rate=1'], 'learning_rate'),
   'missing config': (['--config=configs/nothing.py'], 'configs/nothing.py'),
-  'wrong tokenizer path': (['--config=configs/beitv2_b16.py:smoke', '--config.tokenizer_from=/nowhere'], 'no config.json in /nowhere'),
+  'wrong tokenizer path': (['--config=configs/beitv2_b16.py:smoke', '--config.tokenizer_from=/nowhere'], 'there is no folder /nowhere'),
   'batch does not divide': (['--config=configs/vqkd_b16.py:smoke', '--config.batch_size=15'], 'batch_size=15 does not divide'),
   'image size': (['--config=configs/vqkd_b16.py:smoke', '--config.data.image_size=30'], 'not a multiple of model.patch_size=8'),
   'no teacher': (['--config=configs/demo.py:stage=vqkd', '--config.teacher.name=/tmp'], 'no teacher in /tmp'),
   'recipe argument': (['--config=configs/vqkd_b16.py:smok'], 'unknown recipe argument'),
+  'nearly a config key': (['--config=configs/vqkd_b16.py:smoke', '--config.step=3'], 'Did you mean steps?'),
+  'a folder by its name': (['--config=configs/vqkd_b16.py:smoke', '--config.data.source=/tmp'], 'Did you mean folder:/tmp?'),
   'recipe teacher': (['--config=configs/vqkd_b16.py:teacher=clap'], 'recipe argument teacher=clap: one of clip'),
   'recipe stage': (['--config=configs/demo.py:stage=tokenizer'], 'recipe argument stage=tokenizer: one of teacher, vqkd'),
 }

@@ -48,7 +48,7 @@ def test_help_has_an_example_and_shared_words(name, capsys):
   'argv, words',
   [
     (['probee'], "no command 'probee'. Did you mean probe?"),
-    (['tokenize', '--from', '/nowhere', '.'], 'no config.json in /nowhere'),
+    (['tokenize', '--from', '/nowhere', '.'], 'there is no folder /nowhere'),
     (['predict', '--from', '/nowhere', '.', '--crop-pct', '2'], '--crop-pct 2.0'),
     (['bench', '--images', '100'], 'give --config=FILE'),
     (['bench', '--config=configs/nothing.py'], 'no config file configs/nothing.py, here or among the shipped recipes'),

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from beitv2_jax import commands, config, recipes
 from beitv2_jax.reports import draw as pictures
 from tests.conftest import ROOT, main_env, run_main
 
@@ -65,3 +66,14 @@ def test_gallery_rows_hold_patches_of_their_code():
   strip = np.asarray(pictures.masked_predictions(images, np.ones_like(codes, bool), codes, predicted, 5))
   assert strip.shape == (4 * 12 * 12, 2 * 12 * 12, 3)
   assert (strip[144:240, :96] == 128).all()  # everything was hidden
+
+
+def test_a_demo_of_other_images_is_not_taken_for_this_one(tmp_path, capsys):
+  config.save(recipes.from_arguments(['--config=configs/demo.py:stage=vqkd']), tmp_path / 'vqkd')
+  (tmp_path / 'photos' / 'cat').mkdir(parents=True)
+  Image.new('RGB', (40, 40)).save(tmp_path / 'photos' / 'cat' / '0.png')
+  Image.new('RGB', (40, 40)).save(tmp_path / 'photos' / 'cat' / '1.png')
+  assert commands.run('demo', ['--data', f'folder:{tmp_path}/photos', '--out', str(tmp_path)]) == 2
+  assert f'{tmp_path}/vqkd was made from digits, not folder:{tmp_path}/photos; give another folder with --out' in capsys.readouterr().err
+  assert commands.run('demo', ['--steps', '20', '--out', str(tmp_path)]) == 2
+  assert 'a share of the usual steps, such as 0.1' in capsys.readouterr().err

@@ -67,6 +67,23 @@ def test_nearest_patches(folder, tmp_path, capsys):
   np.testing.assert_array_equal(sheet[::4, ::4][:8, :8], image[0, 8:16, 16:24])  # the photo's patch is the first
 
 
+@pytest.mark.parametrize(
+  'name, arguments, said',
+  [
+    ('nearest_patches', ('tokenizer', 'photos', 'broken.jpg', '1', '2', 'x.png'), 'does not decode'),
+    ('nearest_patches', ('tokenizer', 'photos', 'broken.jpg', '4', '2', 'x.png'), 'rows and columns 0 to 3'),
+    ('nearest_patches', ('pretrained', 'photos', 'broken.jpg', '1', '2', 'x.png'), 'is a pretrain'),
+    ('codes_to_parquet', ('tokenizer', 'broken.jpg', 'x.parquet'), 'is no folder'),
+    ('finetune', ('tokenizer', 'photos', 'run', 'broken.jpg'), 'give a pretrained model'),
+    ('training_loop', ('pretrained', 'photos'), 'give a tokenizer'),
+  ],
+)
+def test_what_does_not_fit_is_said(folder, name, arguments, said):
+  (folder / 'broken.jpg').write_bytes(b'no image')
+  with pytest.raises(SystemExit, match=said):
+    example(name)(*(str(folder / a) if not a.isdigit() else a for a in arguments))
+
+
 def test_finetune(folder, tmp_path, capsys):
   image = folder / 'photos' / 'val' / 'light' / '0.png'
   example('finetune')(str(folder / 'pretrained'), str(folder / 'photos'), str(tmp_path / 'run'), str(image))

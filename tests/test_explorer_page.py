@@ -154,12 +154,12 @@ def test_pointing_at_a_patch_tells_its_code(page, survey):
   box = p.locator('.stage').bounding_box()
   at = lambda row, column: (box['x'] + (column + 0.5) * box['width'] / 6, box['y'] + (row + 0.5) * box['height'] / 6)
   p.mouse.move(*at(2, 5))
-  p.wait_for_selector(f'text=Row 3, column 6: code {codes[2, 5]}')
+  p.wait_for_selector(f'text=Row 2, column 5 (from 0): code {codes[2, 5]}')
   p.mouse.click(*at(1, 2))
   p.mouse.move(*at(4, 4))
-  assert f'Row 2, column 3: code {codes[1, 2]}' in p.inner_text('.looker')
+  assert f'Row 1, column 2 (from 0): code {codes[1, 2]}' in p.inner_text('.looker')
   p.keyboard.press('ArrowDown')
-  assert f'Row 3, column 3: code {codes[2, 2]}' in p.inner_text('.looker') and 'patch=14' in p.url
+  assert f'Row 2, column 2 (from 0): code {codes[2, 2]}' in p.inner_text('.looker') and 'patch=14' in p.url
   drawn = set()
   for mode in ('codes', 'same', 'similar', 'attention', 'cls', 'parts', 'plain'):
     p.check(f'input[value={mode}]')
@@ -274,7 +274,7 @@ def test_touch(browser, site, survey):
   p = page.open('#image=0')
   box = p.locator('.stage').bounding_box()
   p.touchscreen.tap(box['x'] + 2.5 * box['width'] / 6, box['y'] + 1.5 * box['height'] / 6)
-  p.wait_for_selector(f'text=Row 2, column 3: code {survey.codes[0, 1, 2]}')
+  p.wait_for_selector(f'text=Row 1, column 2 (from 0): code {survey.codes[0, 1, 2]}')
   page.check()
   page.close()
 

@@ -1,6 +1,7 @@
 """The loop: going on after a stop, starting from other weights, broken runs, checkpoints."""
 
 import dataclasses
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 import beitv2_jax
 from beitv2_jax import config as config_lib
+from beitv2_jax.data import decode, sources, transforms
 from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.training import checkpoint, events, loop, metrics
 from beitv2_jax.weights import stages, trees
@@ -203,3 +205,24 @@ def test_random_masks():
   assert all(len(set(d.tolist())) == 7 and (np.diff(d) > 0).all() for d in drawn)
   counts = np.bincount(np.concatenate(drawn), minlength=20)
   assert len(counts) == 20 and counts.min() > 100 and counts.max() < 180  # 140 each on average
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+  loop.run(smoke('pretrain'), tmp_path)
+  capsys.readouterr()
+  loop.run(smoke('pretrain', steps=4), tmp_path)
+  said = capsys.readouterr().out
+  assert 'steps: 6 -> 4' in said and 'this run is finished at step 6: nothing of it changes' in said
+
+
+def test_samples_come_from_all_over_the_evaluation_images():
+  """Sorted by class, the first ones would be of one class."""
+  source = sources.make('fake:800', 'eval')
+  setup = types.SimpleNamespace(mesh=types.SimpleNamespace(size=8), transforms={'eval': [transforms.CenterCrop(32, 1.0)]})
+  training = types.SimpleNamespace(setup=setup, _share=lambda: dict(seed=0))
+  found = loop.Training.spread_out(training, source, 3)
+  assert len(found['image']) == 8  # one a device
+  for image, place in zip(found['image'], np.linspace(0, len(source) - 1, 3).round().astype(int)):
+    np.testing.assert_array_equal(
+      image, transforms.CenterCrop(32, 1.0)(dict(image=decode.image(source[int(place)]['image'])), None)['image']
+    )

@@ -209,7 +209,7 @@ def test_traceback_is_shown_when_asked_for(tmp_path):
 def test_a_command_shows_its_traceback_when_asked_for(capsys):
   assert commands.run('tokenize', ['--from', '/nowhere', '.', '--traceback']) == 2
   err = capsys.readouterr().err
-  assert 'Traceback' in err and err.splitlines()[-1].startswith('error: no config.json in /nowhere')
+  assert 'Traceback' in err and err.splitlines()[-1].startswith('error: there is no folder /nowhere')
 
 
 def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):

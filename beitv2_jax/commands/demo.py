@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from beitv2_jax import config
 from beitv2_jax.commands import arguments
 from beitv2_jax.errors import UserError
 
@@ -47,16 +48,26 @@ def chain(args: argparse.Namespace, prefix: str = '', teacher_steps: int | None 
   train(args, 'pretrain', folder('pretrained'), tokenizer_from=folder('vqkd'))
 
 
+def check_folder(out: Path, data: str) -> None:
+  """Raises UserError if the stages in `out` were made from other images: they would be taken as they are."""
+  for path in sorted(out.glob('*/config.json')):
+    made = config.load(path.parent).data.source
+    if made != data:
+      raise UserError(f'{path.parent} was made from {made}, not {data}; give another folder with --out.')
+
+
 @arguments.command
 def main(argv: list[str] | None = None) -> int:
   parser = arguments.parser('demo', __doc__)
   arguments.add_data(parser, 'images: digits (the default), or folder:PATH with one folder a class', default='digits')
   arguments.add_out(parser, 'where everything goes', Path('runs/demo'))
   parser.add_argument('--full', action='store_true', help='also the control: the same chain from an untrained teacher')
-  parser.add_argument('--steps', type=float, default=1.0, help='share of the usual training steps, for a quick look')
+  parser.add_argument(
+    '--steps', type=float, default=1.0, metavar='SHARE', help='share of the usual training steps, such as 0.1, for a quick look'
+  )
   args = parser.parse_args(argv)
-  if args.steps <= 0:
-    raise UserError(f'--steps {args.steps:g}: a share of the usual steps, above 0.')
+  if not 0 < args.steps <= 10:
+    raise UserError(f'--steps {args.steps:g}: a share of the usual steps, such as 0.1; above 0, at most 10.')
   began = time.time()
   try:
     import sklearn  # noqa: F401
@@ -66,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
   from beitv2_jax.training import process
 
   sources.make(args.data, 'train')  # a wrong path shows here, not after a stage
+  check_folder(args.out, args.data)
   try:
     chain(args)
     train(args, 'pixels', args.out / 'pixels', tokenizer_from=args.out / 'vqkd')
@@ -79,5 +91,7 @@ def main(argv: list[str] | None = None) -> int:
   demo_report.report(args.out, began, args.full)
   models = explorer.Models.load(f'{args.out}/vqkd', None, f'{args.out}/pixels', f'{args.out}/pretrained')
   page = explorer.build(models, explorer.Images.of(args.data, 'all', args.data_dir, 2000), args.out / 'explorer', shown=300, batch=100)
+  if args.steps < 1:
+    print(f'With {args.steps:g} of the usual steps the figures say little; the pictures show what there will be.')
   print(f'Explorer: {page}   (open it in a browser)')
   return 0

@@ -77,6 +77,8 @@ def image(data: bytes | np.ndarray, value_range: Sequence[float] = (), channels:
       if not channels and opened.mode not in ('F', 'I') and not opened.mode.startswith('I;16'):
         return np.asarray(opened.convert('RGB'))
       return _bands(np.asarray(opened), value_range, channels)
+  except Image.UnidentifiedImageError as e:
+    raise ValueError(f'no image of a known kind ({", ".join(_formats())})') from e
   except UNDECODABLE:
     raise
   except Exception as e:  # Pillow's readers fail in many ways, such as AVIF's with RuntimeError
@@ -138,7 +140,9 @@ def _bands(pixels: np.ndarray, value_range: Sequence[float], channels: Sequence[
   pixels = pixels[..., None] if pixels.ndim == 2 else pixels
   if pixels.dtype != np.uint8:
     if len(value_range) != 2:
-      raise ValueError(f'values of type {pixels.dtype}: say which become black and white, such as --config.data.value_range="(0, 65535)"')
+      raise ValueError(
+        f'values of type {pixels.dtype}: data.value_range=(LOW, HIGH) in the config says which become black and white, such as (0, 65535)'
+      )
     low, high = value_range
     pixels = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low)), 0, 255).round().astype(np.uint8)
   if channels and max(channels) >= pixels.shape[2]:
@@ -154,7 +158,8 @@ class Decoded:
   """
 
   def __init__(self, source: Sequence, **options: Any):
-    self.source, self.options, self.said = source, options, 0
+    self.source, self.options = source, options
+    self.said: set[str] = set()  # names of those that were spoken of
 
   def __len__(self) -> int:
     return len(self.source)
@@ -172,9 +177,9 @@ class Decoded:
         return record | masks | dict(image=image(record['image'], **self.options), bad=np.int32(bad))
       except UNDECODABLE as e:
         name = getattr(self.source, 'name', str)(j)
-        self.said += 1
-        if self.said <= 20:
-          logging.warning('%s does not decode (%s); using the next image.%s', name, e, ' No more of these.' * (self.said == 20))
+        if name not in self.said and len(self.said) < 20:
+          self.said.add(name)
+          logging.warning('%s does not decode (%s); using the next image.%s', name, e, ' No more of these.' * (len(self.said) == 20))
     raise UserError(f'{MAX_NEIGHBOURS} images in a row do not decode; the last was {name}. Is the data set intact?')
 
 

@@ -49,7 +49,8 @@ def make(spec: str, split: str, data_dir: str = '', holdout: float = 0.1) -> Any
   }
   if kind not in makers or split not in SPLITS:
     known = 'digits, fake:COUNT, fake-scenes:COUNT, folder:PATH, list:FILE, parquet:PATH, scenes:PATH, tars:PATH, tfds:NAME'
-    raise UserError(f'no data source {spec!r}; use one of {known} (split train or eval).')
+    meant = f' Did you mean folder:{spec}?' if os.path.isdir(os.path.expanduser(spec)) else ''
+    raise UserError(f'no data source {spec!r}; use one of {known}.{meant}')
   return makers[kind](where, split, data_dir=data_dir, holdout=holdout)
 
 

@@ -4,7 +4,7 @@ import collections
 import concurrent.futures
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.progress import bar
 
 
-def find_images(paths: list[str]) -> list[Path]:
+def find_images(paths: str | Path | Sequence[str | Path]) -> list[Path]:
   """The files named, and all images in the folders named, in order. Raises UserError for what does not exist or is empty."""
-  out = []
+  out, paths = [], [paths] if isinstance(paths, (str, Path)) else paths
   for path in map(Path, paths):
     if path.is_dir():
       found = [path / name for name in images_under(path)]

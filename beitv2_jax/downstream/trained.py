@@ -45,6 +45,13 @@ class Model:
     self._jitted: dict[str, Callable] = {}
     self.grid = config_lib.patch_grid(config)
 
+  def __repr__(self) -> str:
+    h, w, _ = config_lib.image_shape(self.config)
+    sizes = self._encoder()
+    return (
+      f'<{self.kind} of width {sizes.width} and {sizes.depth} blocks for images of {h} x {w} in {self.grid[0]} x {self.grid[1]} patches>'
+    )
+
   def tokens(self, images, normalize: bool = True) -> jax.Array:
     """Codes of every patch, int32 [B, Gh, Gw]. Tokenizers, and pixel decoders by the tokenizer they were trained with."""
     if self.kind == 'pixels':

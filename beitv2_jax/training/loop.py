@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from beitv2_jax import config as config_lib
 from beitv2_jax import storage, tasks
-from beitv2_jax.data import pipeline
+from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.reports import draw
 from beitv2_jax.training import announce, evaluate, events, report, sharding, terminal
@@ -82,6 +82,12 @@ def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
     start, variables, optimizer, notes = restored
     state = TrainState.join(variables, optimizer)
     notes += config_changes(workdir, config)
+    if 0 < setup.steps <= start:
+      notes.append(
+        f'warning: this run is finished at step {start}: nothing of it changes. For more steps give a larger config.steps, for other settings another workdir.'
+        if notes
+        else f'this run is finished at step {start}'
+      )
   else:
     start, notes = 0, []
     state = setup.layout.init(setup.init_key)
@@ -171,7 +177,7 @@ class Training:
     self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout.shardings, everywhere), compiler_options=options)
     self.eval_step = evaluate.make_eval_step(setup.task, mesh, options)
     self.sample_step = jax.jit(setup.task.samples, out_shardings=everywhere, compiler_options=options)
-    self.sampled: dict | None = None  # the first evaluation images
+    self.sampled: dict | None = None  # the evaluation images that the report shows
     self.gather = jax.jit(lambda variables: variables, out_shardings=layout.gathered)
     self.pending: tuple | None = None  # (step, metrics, seconds waited for input) of the newest step, not looked at yet
     self.found_idle: list[bool] = []  # for each step since the last report: was the device done with the one before?
@@ -348,17 +354,17 @@ class Training:
   def until_asked_to_stop(self, rows: Iterable[dict]) -> Iterator[dict]:
     """`rows`; a run that is asked to stop does not evaluate to the end, which may be long: it does that when it goes on."""
     for row in rows:
-      self.sampled = self.sampled or row
       yield row
       if self.signals.stop():
         self.stop()
 
   def draw_samples(self, arguments: tuple) -> None:
-    """What the model makes of the first evaluation images, for the report."""
-    config = self.setup.config
-    count = config.get('samples', 0)
-    if not count or self.sampled is None or config.task not in draw.CAPTIONS:
+    """What the model makes of some evaluation images, evenly spread over all, for the report."""
+    config, source = self.setup.config, self.setup.sources['eval']
+    count = min(config.get('samples', 0), len(source))
+    if not count or config.task not in draw.CAPTIONS:
       return
+    self.sampled = self.sampled or self.spread_out(source, count)
     batch = sharding.put_batch(self.sampled, self.setup.mesh)
     few = jax.jit(lambda batch: jax.tree.map(lambda x: x[:count], batch), out_shardings=sharding.replicated(self.setup.mesh))(batch)
     arrays = jax.tree.map(np.asarray, jax.device_get(self.sample_step(*arguments, few)))
@@ -367,6 +373,13 @@ class Training:
       image = draw.samples(config.task, arrays, list(config.get('class_names') or ()), size)
       self.report_page.sample(self.step, image)
       self.metrics.picture(self.step, 'samples', image)
+
+  def spread_out(self, source: Any, count: int) -> dict:
+    """This process's part of a batch of `count` evaluation images from all over the source (more, so that each device has as many)."""
+    size = -(-count // self.setup.mesh.size) * self.setup.mesh.size
+    places = np.linspace(0, len(source) - 1, count).round().astype(int)
+    some: Any = sources.Picked(source, np.resize(places, size))
+    return next(iter(pipeline.eval_batches(some, self.setup.transforms['eval'], batch=size, **self._share())))
 
   def close(self) -> None:
     """Whatever ended the run is what matters now, so that a part that does not close is only named."""

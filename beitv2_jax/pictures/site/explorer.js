@@ -398,7 +398,7 @@ async function viewImage(main, parameters) {
     const code = codes[patch], same = [...codes.keys()].filter((p) => p !== patch && codes[p] === code);
     const likeness = looks && same.length ? same.map((p) => similarity(looks, patch, looks, p)) : [];
     const mean = likeness.length ? likeness.reduce((x, y) => x + y) / likeness.length : null;
-    panel.replaceChildren(element('p', {}, `Row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}: code ${code}`), card(book, code),
+    panel.replaceChildren(element('p', {}, `Row ${Math.floor(patch / columns)}, column ${patch % columns} (from 0): code ${code}`), card(book, code),
       element('p', {}, same.length ? `${same.length} other patch${same.length === 1 ? '' : 'es'} of this image ha${same.length === 1 ? 's' : 've'} it` : 'No other patch of this image has it') );
     if (mean !== null) panel.lastChild.append(`; for the teacher they are ${mean.toFixed(2)} similar (mean cosine).`);
     else panel.lastChild.append('.');
