@@ -69,6 +69,7 @@ def test_gallery_rows_hold_patches_of_their_code():
 
 
 def test_a_demo_of_other_images_is_not_taken_for_this_one(tmp_path, capsys):
+  (tmp_path / 'vqkd').mkdir()
   config.save(recipes.from_arguments(['--config=configs/demo.py:stage=vqkd']), tmp_path / 'vqkd')
   (tmp_path / 'photos' / 'cat').mkdir(parents=True)
   Image.new('RGB', (40, 40)).save(tmp_path / 'photos' / 'cat' / '0.png')

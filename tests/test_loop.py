@@ -211,7 +211,7 @@ def test_a_finished_run_says_so(tmp_path, capsys):
   loop.run(smoke('pretrain'), tmp_path)
   capsys.readouterr()
   loop.run(smoke('pretrain', steps=4), tmp_path)
-  said = capsys.readouterr().out
+  said = ' '.join(capsys.readouterr())
   assert 'steps: 6 -> 4' in said and 'this run is finished at step 6: nothing of it changes' in said
 
 
