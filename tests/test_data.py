@@ -420,7 +420,7 @@ def test_images_of_16_bits_and_floats_need_a_range():
     encoded(Image.fromarray(ramp), format='PNG'),
     encoded(Image.fromarray((ramp / 60000 - 0.5).astype(np.float32)), format='TIFF'),
   )
-  with pytest.raises(ValueError, match='say which become black and white'):
+  with pytest.raises(ValueError, match='says which become black and white'):
     decode.image(sixteen)
   for data, value_range in ((sixteen, (0, 60000)), (floats, (-0.5, 0.5))):
     np.testing.assert_allclose(decode.image(data, value_range)[..., 0], ramp * (255 / 60000), atol=0.51)

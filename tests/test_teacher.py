@@ -75,7 +75,7 @@ def test_errors(clip, tmp_path):
     teacher.load('clip', str(tmp_path), (4, 4))
   with pytest.raises(UserError, match="is a 'clip' model, but config.teacher.kind is 'dino'"):
     teacher.load('dino', str(clip[0]), (4, 4))
-  with pytest.raises(UserError, match='use one of clip, siglip, dino'):
+  with pytest.raises(UserError, match='use one of clip, open_clip, siglip, dino'):
     teacher.load('resnet', 'x', (4, 4))
   with pytest.raises(UserError, match='name is empty'):
     teacher.load('clip', '', (4, 4))
