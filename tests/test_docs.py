@@ -89,4 +89,5 @@ def test_the_site_builds_without_a_warning(tmp_path):
   command = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html', str(ROOT / 'docs'), str(tmp_path)]
   done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
   assert done.returncode == 0, done.stderr[-3000:]
-  assert 'masked image modelling' in (tmp_path / 'index.html').read_text().lower()
+  assert 'masked image modelling' in (tmp_path / 'method.html').read_text().lower()
+  assert 'A trained model, ready to be asked' in (tmp_path / 'api.html').read_text()  # from a docstring
