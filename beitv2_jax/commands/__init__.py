@@ -18,7 +18,7 @@ COMMANDS = {
   'segmentation': 'exact mIoU of a segmenter, also multi-scale',
   'convert': 'official, timm and Hugging Face checkpoints in and out',
   'checkpoints': 'which steps a workdir has, and whether they are whole',
-  'prepare': 'ImageNet-1k from its tars, or any images, into the format that training reads fastest',
+  'prepare': 'ImageNet-1k from its tars, or any images, into a few large files, for buckets and slow disks',
   'teach': 'a teacher’s features of all images, written once, for tokenizers to learn from',
   'bench': 'how many images a second this host prepares for training',
   'aot': 'what a TPU slice would do with a recipe, by its compiler, without one',

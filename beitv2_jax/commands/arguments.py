@@ -46,6 +46,14 @@ def add_json(parser: Any) -> None:
   parser.add_argument('--json', type=Path, metavar='FILE', help='write the result there, as JSON')
 
 
+def settings(pairs: list[str]) -> dict[str, str]:
+  """{KEY: VALUE} of what --set was given. Raises UserError for what is no pair."""
+  wrong = next((pair for pair in pairs if '=' not in pair), None)
+  if wrong is not None:
+    raise UserError(f'--set {wrong}: give KEY=VALUE.')
+  return dict(pair.split('=', 1) for pair in pairs)
+
+
 def add_batch(parser: Any, default: int) -> None:
   parser.add_argument('--batch', type=at_least(1), default=default, metavar='N', help=f'images at a time, over all devices ({default})')
 

@@ -1,4 +1,4 @@
-"""Images into array_record shards, the format that training reads fastest. No TensorFlow is needed.
+"""Images into array_record shards: a few large files, for buckets and slow disks. No TensorFlow is needed.
 
   python -m beitv2_jax prepare imagenet2012 --from TARS --out DATA          TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar
   python -m beitv2_jax prepare folder:PATH --out DATA --name mine           any source: list:FILE, parquet:PATH, ... (docs/data.md)

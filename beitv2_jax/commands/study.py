@@ -48,10 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
   if args.table not in tables.TABLES:
     raise UserError(f'no table {args.table!r}; there are {", ".join(tables.TABLES)}.')
-  wrong = [pair for pair in args.set if '=' not in pair]
-  if wrong:
-    raise UserError(f'--set {wrong[0]}: give KEY=VALUE.')
-  settings = dict(pair.split('=', 1) for pair in args.set)
+  settings = arguments.settings(args.set)
   if args.data:
     settings |= {'data.source': args.data} | ({'data.dir': args.data_dir} if args.data_dir else {})
   if args.scenes:

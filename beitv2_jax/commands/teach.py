@@ -24,18 +24,15 @@ def main(argv: list[str] | None = None) -> None:
   arguments.add_out(parser, 'folder of the features', Path('features'))
   arguments.add_batch(parser, 64)
   args = parser.parse_args(argv)
+  import beitv2_jax
   from beitv2_jax import config as config_lib
-  from beitv2_jax import recipes
   from beitv2_jax.data import sources
   from beitv2_jax.downstream import teach
   from beitv2_jax.errors import UserError
   from beitv2_jax.training import process
 
-  wrong = [pair for pair in args.set if '=' not in pair]
-  if wrong:
-    raise UserError(f'--set {wrong[0]}: give KEY=VALUE.')
-  settings = [f'data.source={args.data}', f'data.dir={args.data_dir}', *args.set]
-  config = recipes.from_arguments([f'--config={args.config}', *(f'--config.{pair}' for pair in settings)]).unlock()
+  settings = {'data.source': args.data, 'data.dir': args.data_dir} | arguments.settings(args.set)
+  config = beitv2_jax.recipe(args.config, settings).unlock()
   if config.task != 'tokenizer' or config.teacher.kind == 'disk':
     raise UserError('--config: give the recipe of a tokenizer, with the teacher that is to be asked.')
   config.mesh.data = -1

@@ -1,4 +1,4 @@
-"""ImageNet's tars, or any source → array_record shards, the format that training reads fastest, in the layout of TFDS.
+"""ImageNet's tars, or any source → array_record shards (a few large files instead of many small ones), in the layout of TFDS.
 
 A folder holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as image-net.org gives them. What comes out is what
 tfds.builder('imagenet2012', data_dir=...) reads, in the array_record format; TensorFlow is not needed. Shards are written one by one
