@@ -108,6 +108,8 @@ def test_rows_of_other_code_or_settings_are_not_mixed(study, monkeypatch):
 
   with pytest.raises(run.UserError, match='was made by other settings: rows of one table must not differ'):
     run.left(replace(study, settings={'steps': 3}))
+  later = replace(study, settings={**study.settings, 'segment:data.source': 'fake-scenes:4'})
+  assert not run.left(later) and len(run.left(replace(later, scores=('probe', 'segment')))) == 2  # asked for later: nothing is unmade
   monkeypatch.setattr(run, 'fingerprint', lambda: 'another')
   with pytest.raises(run.UserError, match='was made by other code'):
     run.left(study)
@@ -116,6 +118,31 @@ def test_rows_of_other_code_or_settings_are_not_mixed(study, monkeypatch):
   for stage, workdir, changes in run.stages_of(study, row, seed):
     with pytest.raises(run.UserError, match=f'{workdir} was made by other code or settings'):
       run.train(study, stage, workdir, changes)
+
+
+def test_processes_share_a_study(study, tmp_path, monkeypatch):
+  """A row that another process is at is left to it, and waited for at the end."""
+  waiting, order = run.Study('tiny', study.table, tmp_path, 1), []
+  (_, _, first), (_, _, second) = waiting.cells()
+  other = run.held(first)
+  assert other.__enter__()
+
+  def cell(study, row, seed, folder, images, deadline):
+    order.append(folder)
+    if folder == second:
+      other.__exit__(None, None, None)  # the other process ends, and has not made its row
+    made = dict(code=run.fingerprint(), settings={}, seconds=1, scores=dict(probe=1.0, probe5=1.0, knn=1.0))
+    folder.mkdir()
+    (folder / 'scores.json').write_text(json.dumps(made))
+    return made['scores']
+
+  monkeypatch.setattr(run, 'cell', cell)
+  run.run(waiting, print)
+  assert order == [second, first]
+  with run.held(tmp_path / 'stage') as mine, run.held(tmp_path / 'stage') as again:
+    assert mine and not again
+    with pytest.raises(run.OutOfTime), run.held(tmp_path / 'stage', deadline=0):
+      pass
 
 
 def test_a_stage_that_fails_is_named(tmp_path):
@@ -151,7 +178,11 @@ def test_means_and_deviations():
 
 @pytest.mark.parametrize(
   'arguments, message',
-  [(['nothing'], "no table 'nothing'; there are quantizers"), (['targets', '--set', 'steps'], '--set steps: give KEY=VALUE')],
+  [
+    (['nothing'], "no table 'nothing'; there are quantizers"),
+    (['targets', '--set', 'steps'], '--set steps: give KEY=VALUE'),
+    (['targets', '--only', 'cods'], "--only 'cods': no such row in targets; there are codes of the recipe"),
+  ],
 )
 def test_bad_input(arguments, message, tmp_path, capsys):
   assert commands.run('study', [*arguments, '--out', str(tmp_path)]) == 2

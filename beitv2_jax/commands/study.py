@@ -4,13 +4,15 @@
   python -m beitv2_jax study targets --out runs/study --dry-run
 
 Rows are trained one after the other (tokenizer, pretraining, probes of frozen features; with --finetune and --scenes also fine-tuning
-and a segmenter); the same command goes on where it was stopped, and tables share rows. All rows have the same recipe, data and steps, but
+and a segmenter); the same command goes on where it was stopped, and tables share rows. Start it once more beside itself, for a second GPU
+(CUDA_VISIBLE_DEVICES=1) or a second core (taskset -c 1): they share the rows out. All rows have the same recipe, data and steps, but
 for what their name says. Without --config it is the demo's recipe, on scikit-learn's digits (pip install 'beitv2_jax[demo]');
 configs/transfer.py is one for photographs, and configs/transfer.py:size=small for a GPU. To choose settings, take
 --data digits:validation, which leaves the test images alone. TABLE is one of:
 quantizers, targets, teachers, masking, aggregation, sizes, data, codebook.
 """
 
+import dataclasses
 from pathlib import Path
 
 from beitv2_jax.commands import arguments
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument('--finetune', action='store_true', help='also fine-tune each row, with all labels')
   parser.add_argument('--scenes', metavar='SOURCE', help='also train a segmenter on each row: scenes:PATH')
+  parser.add_argument('--only', metavar='TEXT', default='', help='only the rows whose names contain it, to choose settings by one row')
   parser.add_argument('--minutes', type=float, default=0.0, help='stop after so many; the same command goes on')
   parser.add_argument('--seeds', type=arguments.at_least(1), default=3, help='runs of each row (3)')
   parser.add_argument('--dry-run', action='store_true', help='say what is left to do, and do nothing')
@@ -48,6 +51,12 @@ def main(argv: list[str] | None = None) -> None:
 
   if args.table not in tables.TABLES:
     raise UserError(f'no table {args.table!r}; there are {", ".join(tables.TABLES)}.')
+  table = tables.TABLES[args.table]
+  table = dataclasses.replace(table, rows=tuple(row for row in table.rows if args.only in row.name))
+  if not table.rows:
+    raise UserError(
+      f'--only {args.only!r}: no such row in {args.table}; there are {", ".join(r.name for r in tables.TABLES[args.table].rows)}.'
+    )
   settings = arguments.settings(args.set)
   if args.data:
     settings |= {'data.source': args.data} | ({'data.dir': args.data_dir} if args.data_dir else {})
@@ -55,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     settings['segment:data.source'] = args.scenes
   scores = ('probe', *['finetune'] * args.finetune, *['segment'] * bool(args.scenes))
   process.use_compilation_cache()
-  study = run.Study(args.table, tables.TABLES[args.table], args.out.expanduser(), args.seeds, args.config, settings, scores)
+  study = run.Study(args.table, table, args.out.expanduser(), args.seeds, args.config, settings, scores)
   print(study.table.question)
   if args.redo:
     run.forget(study)

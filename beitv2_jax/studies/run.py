@@ -2,10 +2,14 @@
 
 `OUT/teacher`, `OUT/random_teacher`; `OUT/tokenizers/NAME-SEED`, shared by rows that have the same one; `OUT/rows/ROW-SEED/pretrain`,
 `finetune`, `segment` and `scores.json`, shared by tables; `OUT/TABLE/table.json`, `table.md` and `table.html`.
+
+Several processes may work in one OUT, one for each GPU for example: who makes a row or a stage holds a lock on it (`NAME.lock`).
 """
 
 import collections
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -15,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,23 +118,32 @@ def fingerprint() -> str:
 
 def left(study: Study) -> list[tuple[Row, int, Path]]:
   """The cells without all their scores. Raises UserError if those that have some were made by other code or settings."""
-  missing = []
-  for row, seed, folder in study.cells():
-    made = json.loads((folder / 'scores.json').read_text()) if (folder / 'scores.json').is_file() else None
-    if made and (made['code'] != fingerprint() or made['settings'] != written(study.settings)):
-      what = 'other code' if made['code'] != fingerprint() else 'other settings'
-      raise UserError(
-        f'{folder} was made by {what}: rows of one table must not differ in that. Give another --out, or --redo to make them all again.'
-      )
-    if not made or not wanted(study) <= made['scores'].keys():
-      missing.append((row, seed, folder))
-  return missing
+  return [(row, seed, folder) for row, seed, folder in study.cells() if not scores_of(study, folder)]
+
+
+def scores_of(study: Study, folder: Path) -> dict[str, float]:
+  """A cell's, or {} where some are missing that the study wants. Raises UserError if they were made by other code or settings."""
+  if not (folder / 'scores.json').is_file():
+    return {}
+  made = json.loads((folder / 'scores.json').read_text())
+  if made['code'] != fingerprint() or concerning(made['settings'], made['scores']) != concerning(written(study.settings), made['scores']):
+    what = 'other code' if made['code'] != fingerprint() else 'other settings'
+    raise UserError(
+      f'{folder} was made by {what}: rows of one table must not differ in that. Give another --out, or --redo to make them all again.'
+    )
+  return made['scores'] if wanted(study) <= made['scores'].keys() else {}
 
 
 def wanted(study: Study) -> set[str]:
   """The figures that every row must have."""
   keys = dict(probe=set(PROBES), finetune={'finetune'}, segment={'miou'})
   return set().union(*(keys[name] for name in study.scores))
+
+
+def concerning(settings: dict[str, str], scores: dict[str, float]) -> dict[str, str]:
+  """Without the settings of a stage that none of the scores is from: a score that is asked for later does not unmake the others."""
+  others = [stage for stage, key in (('finetune', 'finetune'), ('segment', 'miou')) if key not in scores]
+  return {k: v for k, v in settings.items() if k.partition(':')[0] not in others}
 
 
 def written(settings: dict[str, Any]) -> dict[str, str]:
@@ -200,15 +213,42 @@ def changes_text(study: Study, stage: str, changes: dict[str, Any] | None) -> st
   return json.dumps(resolved(study, stage, changes or {}), sort_keys=True)
 
 
+@contextlib.contextmanager
+def held(path: Path, deadline: float | None = None) -> Generator[bool]:
+  """Holds `path`.lock, which the system lets go when the process ends, however it ends.
+
+  Yields whether it is held: without a deadline another process that has it is not waited for. Raises OutOfTime at the deadline.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.with_name(f'{path.name}.lock').open('w') as file:
+    while True:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError:
+        if deadline is None:
+          yield False
+          return
+      if time.monotonic() > deadline:
+        raise OutOfTime
+      time.sleep(1)
+    yield True
+
+
 def finished(workdir: Path) -> bool:
   return any(e['event'] == 'finished' for e in events.read(workdir))
 
 
 def train(study: Study, stage: str, workdir: Path, changes: dict[str, Any], deadline: float = float('inf')) -> None:
-  """One stage in a process of its own, unless it is finished.
+  """One stage in a process of its own, unless it is finished; where another study is at it, waits for that.
 
   Raises UserError if other code or settings made what is there, RunFailed, and OutOfTime where it is stopped at the deadline.
   """
+  with held(workdir, deadline):
+    train_alone(study, stage, workdir, changes, deadline)
+
+
+def train_alone(study: Study, stage: str, workdir: Path, changes: dict[str, Any], deadline: float) -> None:
   settings = {'samples': 0, 'eval_every': 0} | study.settings_of(stage) | changes
   made, now = workdir.parent / f'{workdir.name}.made.json', dict(code=fingerprint(), settings=written(settings))
   if workdir.exists() and (not made.is_file() or json.loads(made.read_text()) != now):
@@ -281,15 +321,34 @@ def cell(study: Study, row: Row, seed: int, folder: Path, images: dict, deadline
 
 
 def run(study: Study, say: Callable[[str], None], minutes: float = 0) -> None:
-  """Every cell that is left, and the table after each. Raises UserError, RunFailed, and OutOfTime after `minutes`, if any."""
-  missing, images = left(study), {}
+  """Every cell that is left, and the table after each; first those that no other process is at, then the others, should they be left over.
+
+  Raises UserError, RunFailed, and OutOfTime after `minutes`, if any.
+  """
+  missing, images, elsewhere = left(study), {}, []
   deadline = time.monotonic() + 60 * minutes if minutes else float('inf')
-  for number, (row, seed, folder) in enumerate(missing, 1):
-    began = time.monotonic()
-    scores = cell(study, row, seed, folder, images, deadline)
-    told = '  '.join(f'{title} {scores[key]:.{digits}f}' for key, title, digits in FIGURES if key in scores)
-    say(f'{number}/{len(missing)}  {row.name}, seed {seed}, {time.monotonic() - began:.0f} s: {told}')
-    summarize(study)
+
+  def make(number: int, row: Row, seed: int, folder: Path, wait: bool) -> bool:
+    """Whether the cell is made, or was by another process meanwhile."""
+    with held(folder, deadline if wait else None) as mine:
+      if not mine:
+        return False
+      if scores := scores_of(study, folder):
+        made = 'made by another process'
+      else:
+        began = time.monotonic()
+        scores = cell(study, row, seed, folder, images, deadline)
+        made = f'{time.monotonic() - began:.0f} s'
+      told = '  '.join(f'{title} {scores[key]:.{digits}f}' for key, title, digits in FIGURES if key in scores)
+      say(f'{number}/{len(missing)}  {row.name}, seed {seed}, {made}: {told}')
+      summarize(study)
+    return True
+
+  for numbered in enumerate(missing, 1):
+    if not make(numbered[0], *numbered[1], wait=False):
+      elsewhere.append(numbered)
+  for number, (row, seed, folder) in elsewhere:
+    make(number, row, seed, folder, wait=True)
   summarize(study)
 
 
@@ -331,7 +390,12 @@ def markdown(study: Study) -> str:
 
 def summarize(study: Study) -> None:
   """table.json, table.md and table.html of what is done."""
-  folder, values = study.out / study.name, gathered(study)
+  with held(study.out / study.name, float('inf')):
+    write_table(study, study.out / study.name)
+
+
+def write_table(study: Study, folder: Path) -> None:
+  values = gathered(study)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'table.json').write_text(
     json.dumps(dict(question=study.table.question, seeds=study.seeds, code=fingerprint(), rows=values), indent=2) + '\n'
