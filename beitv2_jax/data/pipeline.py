@@ -18,6 +18,8 @@ from absl import flags
 from beitv2_jax.data import sources
 from beitv2_jax.data.decode import Counted, Decoded
 
+RECORDS_A_THREAD = 8
+
 
 def _apply(steps: Sequence, record: dict, rng: np.random.Generator) -> dict:
   return functools.reduce(lambda r, f: f(r, rng), steps, record)
@@ -38,7 +40,7 @@ class _Part(grain.MapDataset):
     return self._parent[((self.start + batch) * self.processes + self.process) * self.size + place]
 
 
-def _batches(dataset, steps, seed, batch, process, processes, start, workers, max_bad):
+def _batches(dataset, steps, seed, batch, process, processes, start, workers, max_bad, decoded):
   size = batch // processes
   dataset = dataset.random_map(functools.partial(_apply, steps), seed=seed)
   dataset = _Part(dataset, size, process, processes, start)
@@ -48,11 +50,17 @@ def _batches(dataset, steps, seed, batch, process, processes, start, workers, ma
       flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which tests and notebooks never parse
     one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     iterator = dataset.batch(size).to_iter_dataset(one).mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-  else:  # threads share a batch, so the first one is soon there
-    threads = 0 if workers < 0 else min(16, 2 * (os.cpu_count() or 1))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size if threads else 0)
-    iterator = dataset.to_iter_dataset(options).batch(size)
+  else:  # threads share a batch, so the first one is soon there; a few records at a time, for each hand-over costs as much as a small image
+    some = math.gcd(size, RECORDS_A_THREAD)
+    threads = 0 if workers < 0 else 1 if decoded else min(16, 2 * (os.cpu_count() or 1))  # Python's own work is not shared out
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size // some if threads else 0)
+    iterator = dataset.batch(some).to_iter_dataset(options).batch(size // some).map(_one_batch)
   return Counted(iter(iterator), max_bad)
+
+
+def _one_batch(parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """[parts, records of a part, ...] → [records, ...]."""
+  return {k: v.reshape(-1, *v.shape[2:]) for k, v in parts.items()}
 
 
 def train_batches(
@@ -74,7 +82,7 @@ def train_batches(
   a share `max_bad` of the images (of 1,000 at least) does not decode. `reading` are arguments of decode.image.
   """
   dataset = grain.MapDataset.source(Decoded(source, **reading or {})).seed(seed).shuffle().repeat()
-  return _batches(dataset, steps, seed, batch, process, processes, start, workers, max_bad)
+  return _batches(dataset, steps, seed, batch, process, processes, start, workers, max_bad, getattr(source, 'decoded', False))
 
 
 def eval_batches(
@@ -92,4 +100,4 @@ def eval_batches(
   """Every record once, in order; the last batch is filled up with records whose `valid` is False."""
   count = math.ceil(len(source) / batch) * batch
   dataset = grain.MapDataset.source(sources.Padded(Decoded(source, **reading or {}), count))
-  return _batches(dataset, steps, seed, batch, process, processes, 0, workers, max_bad)
+  return _batches(dataset, steps, seed, batch, process, processes, 0, workers, max_bad, getattr(source, 'decoded', False))

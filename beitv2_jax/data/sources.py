@@ -1,6 +1,6 @@
 """Where images come from. A source is indexable: source[i] → dict(image, and label where there is one).
 
-`image` is encoded bytes or a uint8 array [h, w, 3]; decoding happens in the pipeline. `classes` names the labels, or is
+`image` is encoded bytes or a uint8 array [h, w, 3] (`decoded` says so of a source); decoding happens in the pipeline. `classes` names the labels, or is
 None for unlabelled images; `name(i)` names a record in messages. A source is written as one string, `kind:location`:
 
   digits               scikit-learn's 1,797 handwritten digits (embedded in that package); digits:validation spares the 500 test images
@@ -60,6 +60,8 @@ class Digits:
   `digits:validation` leaves those 500 alone: it trains on 1,047 of the others and evaluates on 250, for choosing settings.
   """
 
+  decoded = True
+
   def __init__(self, where: str, split: str, **_):
     try:
       from sklearn.datasets import load_digits
@@ -85,6 +87,8 @@ class Digits:
 
 class Fake:
   """COUNT smooth images made from their index; the label shifts their colour, so that it can be learned."""
+
+  decoded = True
 
   def __init__(self, where: str, split: str, size: int = 48, **_):
     if where and not (where.isdigit() and int(where)):
