@@ -54,7 +54,10 @@ def _batches(dataset, steps, seed, batch, process, processes, start, workers, ma
     some = math.gcd(size, RECORDS_A_THREAD)
     threads = 0 if workers < 0 else 1 if decoded else min(16, 2 * (os.cpu_count() or 1))  # Python's own work is not shared out
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size // some if threads else 0)
-    iterator = dataset.batch(some).to_iter_dataset(options).batch(size // some).map(_one_batch)
+    if some > 1:
+      iterator = dataset.batch(some).to_iter_dataset(options).batch(size // some).map(_one_batch)
+    else:
+      iterator = dataset.to_iter_dataset(options).batch(size)
   return Counted(iter(iterator), max_bad)
 
 
