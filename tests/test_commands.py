@@ -73,6 +73,12 @@ def test_wrong_words_exit_with_2(argv, capsys):
   assert f'usage: python -m beitv2_jax {argv[0]}' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('word, meant', [('--form', '--from'), ('--josn=x', '--json')])
+def test_a_mistyped_option_gets_a_suggestion(word, meant, capsys):
+  assert commands.run('predict', [word, 'run', 'photo.jpg']) == 2
+  assert f'{word.partition("=")[0]}: did you mean {meant}?' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   'error, code',
   [(UserError('bad'), 2), (OSError('disk'), 2), (SaveError('full'), 1), (FloatingPointError('nan'), 1), (KeyboardInterrupt(), 130)],

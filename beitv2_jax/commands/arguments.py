@@ -1,13 +1,14 @@
 """The words that all commands share, and how each of them starts and fails."""
 
 import argparse
+import difflib
 import functools
 import json
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from beitv2_jax.errors import RunFailed, UserError
 
@@ -15,9 +16,23 @@ MODEL = 'a workdir (WORKDIR@STEP for a step that is not the newest), or a direct
 SOURCE = 'folder:PATH, list:FILE, parquet:PATH, tfds:NAME ...: docs/data.md'
 
 
+class Parser(argparse.ArgumentParser):
+  """One whose errors say what a mistyped option may have meant."""
+
+  def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    self._given = sys.argv[1:] if args is None else args
+    return super().parse_known_args(args, namespace)
+
+  def error(self, message: str) -> NoReturn:
+    for word in (a.partition('=')[0] for a in self._given if a.startswith('--')):
+      near = [] if word in self._option_string_actions else difflib.get_close_matches(word, self._option_string_actions, 1)
+      message += f'. {word}: did you mean {near[0]}?' if near else ''
+    super().error(message)
+
+
 def parser(name: str, text: str | None) -> argparse.ArgumentParser:
   """The parser of one command. `text`, its module's docstring, holds the explanation and an example."""
-  return argparse.ArgumentParser(
+  return Parser(
     prog=f'python -m beitv2_jax {name}',
     description=text,
     formatter_class=argparse.RawDescriptionHelpFormatter,
