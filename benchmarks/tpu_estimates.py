@@ -35,6 +35,9 @@ def runs() -> dict[str, list[str]]:
 
   for size, config in (('base', B16), ('large', L16)):
     add(f'student {size} 128', config, 'v5e:2x2', 'student', *batch(512, 4))
+  for chip, topology in (('v6e', 'v6e:2x2'), ('tpu7x', 'tpu7x:2x2x1')):  # these need jax 0.11.2
+    add(f'student base {chip} 128', B16, topology, 'student', *batch(512))
+    add(f'student large {chip} 128', L16, topology, 'student', *batch(512, 4))
   add('student base 32', B16, 'v5e:2x2', 'student', *batch(128))
   add('student base 32, copied', B16, 'v5e:2x2', 'student', *batch(128), COPIED)
   for dtype in ('float32', 'bfloat16'):
@@ -95,6 +98,7 @@ COLUMNS = {
   'images a chip': lambda r: f'{r["images_per_chip"]:g}',
   'images/s a chip': lambda r: f'{r["images_per_second_chip"]:,.0f}',
   'of peak': lambda r: f'{100 * r["share_of_peak"]:.1f} %',
+  'by instructions': lambda r: f'{100 * r["share_of_peak"] * r["cycles"] / r["issued"]:.1f} %' if r.get('issued') else '–',
   'if no collective hides': lambda r: f'{r["images_per_second_chip_no_overlap"]:,.0f}',
   'GiB sent': lambda r: f'{r["collective_bytes"] / 2**30:.2f}',
   'parameters': lambda r: f'{r["memory"]["parameters"] / 2**30:.2f}',

@@ -19,7 +19,7 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax import tasks
-from beitv2_jax.costs import hlo, operations
+from beitv2_jax.costs import hlo, operations, schedules
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import flops
 from beitv2_jax.models.images import vqkd_images
@@ -53,18 +53,6 @@ CHIPS = {
 
 
 _SCHEDULES = tempfile.TemporaryDirectory(prefix='beitv2_jax_aot_')
-
-
-def schedule_lengths() -> dict[str, int]:
-  """{operation: instructions it was scheduled into} of what was compiled since the last call."""
-  lengths = {}
-  for file in Path(_SCHEDULES.name).iterdir():
-    name = re.fullmatch(r'\d+-(.+)-\d+-schedule-analysis_final_bundles.txt', file.name)
-    length = name and re.search(r'total scheduled bundles:\s+(\d+)', file.read_text(errors='replace'))
-    if length:
-      lengths[name[1]] = int(length[1])
-    file.unlink()
-  return lengths
 
 
 def topology_devices(name: str) -> list:
@@ -162,7 +150,8 @@ def report(config: Any, topology: str, part: str = 'step', keep_hlo: str | Path 
   if keep_hlo:
     Path(keep_hlo).write_text(text)
   bandwidth = chip.bandwidth / (1 if chip.two_cores else devices_a_chip)
-  program = hlo.Program(text, kernel_cycles(chip, bandwidth, schedule_lengths(), 2 if chip.two_cores and devices_a_chip == 1 else 1))
+  lengths, issued = schedules.take(Path(_SCHEDULES.name))
+  program = hlo.Program(text, kernel_cycles(chip, bandwidth, lengths, 2 if chip.two_cores and devices_a_chip == 1 else 1), issued)
   memory = compiled.memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   needed, images = operations_per_image(config, part), config.batch_size / chips
@@ -180,7 +169,7 @@ def report(config: Any, topology: str, part: str = 'step', keep_hlo: str | Path 
     ),
     model_gflop_per_image=needed / 1e9,
     found_gflop_per_image=dict(products=found[0] / config.batch_size / 1e9, kernels=found[1] / config.batch_size / 1e9),
-    cycles=program.cycles(), seconds=compute, collective_seconds=linked,
+    cycles=program.cycles(), issued=program.instructions(), seconds=compute, collective_seconds=linked,
     images_per_second_chip=rate, share_of_peak=rate * needed / (chip.peak * 1e12),
     images_per_second_chip_no_overlap=images / (compute + linked) if compute else float('nan'),
     collectives=moved, operations=program.dearest(), without_estimate=program.without_estimate(), unknown_loops=program.unknown_loops,
@@ -247,6 +236,7 @@ def show(result: dict, top: int) -> str:
     f'compiler estimate   {result["cycles"] / 1e6:.1f} M cycles, {1e3 * result["seconds"]:.1f} ms a step',
     f'                    {result["images_per_second_chip"]:,.0f} images/s a chip, {100 * result["share_of_peak"]:.1f} % of peak, if collectives hide behind compute',
     f"                    {result['images_per_second_chip_no_overlap']:,.0f} images/s a chip if none of them does ({1e3 * result['collective_seconds']:.1f} ms at the links' bandwidth)",
+    f'instructions alone  {result["issued"] / 1e6:.1f} M cycles: the least it can take, with no wait for memory or for a unit ({100 * result["share_of_peak"] * result["cycles"] / max(result["issued"], 1):.1f} % of peak)',
     '',
   ]
   if result['collectives']:

@@ -24,25 +24,34 @@ def _shape_bytes(text: str) -> int:
   )
 
 
+def _anonymous(shape: str, opcode: str, rest: str) -> str:
+  """An operation without the names in it, and without what the compiler notes of it."""
+  return f'{shape} {opcode} ' + re.sub(r'%[\w.\-]+', '%', rest.split(', metadata=')[0].split(', backend_config=')[0])
+
+
 class Program:
   """The text of a compiled module, read once.
 
   A loop counts as often as it turns. Inside a fusion nothing counts: the fusion itself carries the estimate.
   Kernels of our own (custom calls) carry none: they count as `kernel_cycles(names, turns, bytes in and out)`, if given. The names
-  are those of all calls of the same kernel, of which the compiler keeps one.
+  are those of all calls of the same kernel, of which the compiler keeps one. `issued` are instructions by name (costs/schedules.py).
   """
 
-  def __init__(self, text: str, kernel_cycles: Callable[[list[str], int, int], int | None] | None = None):
+  def __init__(
+    self, text: str, kernel_cycles: Callable[[list[str], int, int], int | None] | None = None, issued: dict[str, int] | None = None
+  ):
     text = re.sub(r'\{\n("turns":"\d+")\n\}', r'{\1}', text)  # a kernel's metadata is spread over lines
     self.computations: dict[str, list[dict]] = {}
     self.entry, current = '', None
+    self.issued, self.bodies, head_name = issued or {}, collections.defaultdict(list), ''
     for line in text.splitlines():
       head = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$', line)
       if head:
-        current = self.computations.setdefault(head[2], [])
+        current, head_name = self.computations.setdefault(head[2], []), head[2]
         self.entry = head[2] if head[1] else self.entry
       elif current is not None and (found := re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$', line)):
         current.append(self._instruction(*found.groups()))
+        self.bodies[head_name].append(_anonymous(found[2], found[3], found[4]))
     kernels = [i for c in self.computations.values() for i in c if i['kernel']]
     for i in kernels:
       if kernel_cycles is None:
@@ -69,7 +78,7 @@ class Program:
     called = dict(re.findall(r'(body|condition|to_apply|calls)=%?([\w.\-]+)', rest))
     branches = re.search(r'branch_computations=\{([^}]*)\}', rest)
     return dict(
-      name=name, opcode=opcode, kernel=kernel, bytes=_shape_bytes(shape), cycles=cycles, constant=int(constant[1]) if constant else None,
+      name=name, shape=shape, opcode=opcode, kernel=kernel, bytes=_shape_bytes(shape), cycles=cycles, constant=int(constant[1]) if constant else None,
       source=source[1] if source else '', called=called, starts='custom_call_target="AsyncCollectiveStart"' in rest,
       branches=[b.strip().lstrip('%') for b in branches[1].split(',')] if branches else [],
     )  # fmt: skip
@@ -104,6 +113,19 @@ class Program:
 
   def cycles(self) -> int:
     return sum(i['cycles'] * times for i, times in self._all() if i['cycles'])
+
+  def instructions(self) -> int:
+    """As `cycles`, by the instructions that are issued. Of operations that are the same the compiler keeps one: the others take its
+    number. An operation of which none is known takes its cycles."""
+    known: dict[Any, int] = {}
+    for i, _ in self._all():
+      if i['name'] in self.issued:
+        known[self._same(i)] = self.issued[i['name']]
+    return sum((i['cycles'] if i['kernel'] else known.get(self._same(i), i['cycles'])) * times for i, times in self._all() if i['cycles'])
+
+  def _same(self, i: dict[str, Any]) -> Any:
+    """What operations that are made the same way have in common."""
+    return i['shape'], i['opcode'], i['cycles'], tuple(self.bodies.get(i['called'].get('calls'), ()))
 
   def dearest(self) -> list[dict[str, Any]]:
     """Operations by what they come from in the model, block numbers left out, the most expensive first."""

@@ -23,8 +23,7 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
   """
   mesh, heads, head_dim = jax.sharding.get_abstract_mesh(), *qkv.shape[2:]
   split = 1 if mesh.empty or heads % mesh.shape['model'] else mesh.shape['model']
-  kind = '' if mesh.empty else mesh.abstract_device.device_kind
-  plan = attention_tpu.plan(x.shape[1], heads // split, head_dim, kind, x.dtype.itemsize)
+  plan = attention_tpu.plan(x.shape[1], heads // split, head_dim, chip.kind(), x.dtype.itemsize)
   fits = dict(tpu=plan is not None, gpu=attention_gpu.fits(head_dim), xla=True)
   if how == 'auto':
     rounded = dict(tpu=chip.rounded_products(), gpu=x.dtype == jnp.bfloat16)

@@ -18,6 +18,17 @@ def platform() -> str:
   return '' if mesh.empty else mesh.abstract_device.platform
 
 
+def kind() -> str:
+  """What JAX calls the chip of the mesh, such as 'TPU v5 lite'; '' without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return '' if mesh.empty else mesh.abstract_device.device_kind
+
+
+def has_erf() -> bool:
+  """Whether erf is one instruction here: on TPUs from v6e on. On those before it is made of some forty."""
+  return platform() == 'tpu' and not kind().startswith(('TPU v2', 'TPU v3', 'TPU v4', 'TPU v5'))
+
+
 def rounded_products() -> bool:
   """Whether products of fp32 round their inputs to bf16 here: on a TPU mesh, unless a higher precision was asked for."""
   return platform() == 'tpu' and jax.config.jax_default_matmul_precision in (None, 'default', 'bfloat16')  # ty: ignore[missing-attribute]

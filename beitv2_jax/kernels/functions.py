@@ -55,22 +55,23 @@ def _evaluate(f: Callable, x: jax.Array) -> jax.Array:
 def gelu(x: jax.Array) -> jax.Array:
   """Exact GELU, xΦ(x).
 
-  fp32 goes through erf, torch's form. In bf16 a polynomial stands for Φ (within 3e-5) and another for the slope (within 1.5e-4), both
-  far below bf16's own rounding: that work hides behind the matrix products around it, which erf and exp do not.
+  fp32 goes through erf, torch's form, and so does bf16 on chips that have an instruction for it. Elsewhere in bf16 a polynomial stands for Φ
+  (within 3e-5) and another for the slope (within 1.5e-4), both far below bf16's own rounding: that work hides behind the matrix products
+  around it, which erf and exp do not.
   """
   return _gelu_forward(x)[0]
 
 
 def _gelu_forward(x):
-  if x.dtype == jnp.float32:
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5))), x
   y = x.astype(jnp.float32)
+  if x.dtype == jnp.float32 or chip.has_erf():
+    return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype), x
   return (y * _evaluate(_PHI, y)).astype(x.dtype), x
 
 
 def _gelu_backward(x, dy):
   y = x.astype(jnp.float32)
-  if x.dtype == jnp.float32:
+  if x.dtype == jnp.float32 or chip.has_erf():
     slope = 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5))) + y * jnp.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
   else:
     slope = _evaluate(_SLOPE, y)
@@ -82,13 +83,14 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 @jax.custom_vjp
 def gelu_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """gelu(x) @ kernel, whose backward pass computes gelu(x) again: inside the product that is free on TPUs, keeping and reading it is not."""
+  """gelu(x) @ kernel, whose backward pass computes gelu(x) again where a chip multiplies slowly enough to hide that in the product."""
   return jnp.dot(gelu(x), kernel)
 
 
 def _gelu_product_backward(saved, dy):
   x, kernel = saved
-  x = chip.made_anew(x)  # or the compiler finds that it has gelu(x) already, and keeps it
+  if not chip.has_erf():  # those from v6e on multiply so fast that the product would wait for it
+    x = chip.made_anew(x)  # or the compiler finds that it has gelu(x) already, and keeps it
   features = lambda y: y.reshape(-1, y.shape[-1])
   return _gelu_backward(x, jnp.dot(dy, kernel.T))[0], jnp.dot(features(gelu(x)).T, features(dy))
 
