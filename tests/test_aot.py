@@ -4,7 +4,7 @@ import jax
 import pytest
 from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
-from beitv2_jax.costs import estimate, hlo, operations
+from beitv2_jax.costs import estimate, hlo, operations, schedules
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import flops
 from beitv2_jax.training import sharding
@@ -146,6 +146,37 @@ def test_downstream_steps_lower_too(recipe, batch):
   lowered, _, _ = estimate.lower(c, jax.devices(), 'step')
   assert 'stablehlo' in lowered.as_text()[:20_000]
   assert flops.per_image(c)['student'] > 1e9
+
+
+BUNDLES = """LB: loop body
+     0   :  { %s1 = sld [smem:[#allocation]] }
+   0x1   :  { %s2 = smov.u32 0 }
+   0x2 LB: > { %s3 = sadd.s32 1, %s3 }
+   0x3   : > { %v1 = vld [vmem:[%s3]] }
+   0x4 LB: >> { %s4 = sadd.s32 1, %s4 }
+   0x5   : >> { %p1 = scmp.ge.s32.totalorder %s4_s1, 5 /* loop exit test */  ;;  %s9 = smov.u32 0 }
+   0x6   : >> { %1 = sbr.rel (!%p1) target = $region1 }
+   0x7 PF: > { %2 = sbr.rel (%p3) target = $region9 }
+   0x8   :  { %p2 = scmp.ge.s32.totalorder %s3_s1, 7 /* loop exit test */ }
+   0x9   : > { %3 = sbr.rel (!%p2) target = $region2 }
+   0xa   :  { %4 = vst [vmem:[0]] }
+"""
+
+
+def test_instructions_of_loops_count_as_often_as_they_turn(tmp_path):
+  assert schedules.issued(BUNDLES) == 2 + 7 * (2 + 5 * 3 + 3) + 1
+  assert schedules.issued(BUNDLES.replace('%s4_s1, 5 ', '%s4_s1, %s7 ')) == 2 + 7 * (2 + 3 + 3) + 1  # not known: once
+  (tmp_path / '123-fusion.7-01-final_bundles.txt').write_text(BUNDLES)
+  (tmp_path / '123-fusion.7-00-schedule-analysis_final_bundles.txt').write_text('Schedule analysis:\n\ttotal scheduled bundles:    11\n')
+  assert schedules.take(tmp_path) == ({'fusion.7': 11}, {'fusion.7': 143}) and not list(tmp_path.iterdir())
+
+
+def test_instructions_of_a_program():
+  """The compiler keeps one of equal operations, whatever their names; what it keeps nothing of counts by its cycles."""
+  text = PROGRAM.replace('"estimated_cycles":"7"', '"estimated_cycles":"10"')  # f and g are then the same
+  assert hlo.Program(text, issued={'f': 4}).instructions() == 9 * 4 + 4
+  assert hlo.Program(PROGRAM, issued={'f': 4}).instructions() == 9 * 4 + 7
+  assert hlo.Program(PROGRAM).instructions() == hlo.Program(PROGRAM).cycles()
 
 
 def test_every_call_of_a_kernel_counts():

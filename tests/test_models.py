@@ -219,8 +219,28 @@ def test_layer_norm_kernel_for_gpus(monkeypatch):
   assert calls == [(2, 21, 24)]
 
 
+def test_gelu_where_erf_is_an_instruction(monkeypatch):
+  """In bf16 too it is exact up to bf16's own rounding, values and slopes."""
+  x = jnp.linspace(-6, 6, 4001).astype(jnp.bfloat16)
+  y, slope = values_and_gradients(lambda x: jax.nn.gelu(x, approximate=False), x.astype(jnp.float32))
+  monkeypatch.setattr(functions.chip, 'has_erf', lambda: True)
+  monkeypatch.setattr(functions, '_evaluate', lambda *_: pytest.fail('the polynomial was taken'))
+  ours, our_slope = values_and_gradients(functions.gelu, x)
+  for a, b in ((ours, y), (our_slope, slope)):
+    np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-7, atol=2e-6)  # 1 + erf in fp32, as torch has it, in the far tail
+
+
+def test_chips_that_have_erf(monkeypatch):
+  monkeypatch.setattr(functions.chip, 'platform', lambda: 'tpu')
+  for kind, has in {'TPU v4': False, 'TPU v5 lite': False, 'TPU v5': False, 'TPU v6 lite': True, 'TPU7x': True}.items():
+    monkeypatch.setattr(functions.chip, 'kind', lambda kind=kind: kind)
+    assert functions.chip.has_erf() == has, kind
+
+
+@pytest.mark.parametrize('erf', [False, True])
 @pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-6), (jnp.bfloat16, 0.02)])
-def test_products_and_biases_with_gradients_of_their_own(dtype, tolerance):
+def test_products_and_biases_with_gradients_of_their_own(dtype, tolerance, erf, monkeypatch):
+  monkeypatch.setattr(functions.chip, 'has_erf', lambda: erf)
   x, kernel, bias = some(2, 9, 16, dtype=dtype), some(16, 12, seed=1, dtype=dtype), some(12, seed=2)
   wide = lambda f: lambda *a: f(*(v.astype(jnp.float32) for v in a))
   plain = wide(lambda x, kernel: jax.nn.gelu(x, approximate=False) @ kernel)

@@ -10,7 +10,7 @@ from pathlib import Path
 # A line of an operation's program: an address, LB where a loop begins, and the instruction. Where the loop ends it is compared with its
 # number of turns, and then branched back.
 _LINE = re.compile(r'\s*(?:0x[0-9a-f]+|0)\s+(?P<mark>[A-Z]{2})?\s*:[\s>]*\{(?P<instruction>.*)$')
-_TURNS = re.compile(r'scmp\.\w+\.s32\.totalorder %\w+, (\d+) /\* loop exit test')
+_TURNS = re.compile(r'scmp\.\w+\.s32\.totalorder %\w+, (?:(\d+)|%\w+) /\* loop exit test')
 _BACK = re.compile(r'sbr\.rel \(!')
 
 
@@ -41,7 +41,7 @@ def issued(text: str) -> int:
       loops.append([0, 0])
     loops[-1][0] += 1
     if turns := _TURNS.search(found['instruction']):
-      loops[-1][1] = int(turns[1])
+      loops[-1][1] = int(turns[1] or 1)
     if len(loops) > 1 and loops[-1][1] and _BACK.search(found['instruction']):
       _close(loops)
   while len(loops) > 1:
