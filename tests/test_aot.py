@@ -57,7 +57,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 def test_loops_count_their_turns_and_fusions_once():
   program = hlo.Program(PROGRAM)
   assert program.cycles() == 9 * 10 + 7 and program.unknown_loops == 0
-  assert program.dearest() == [dict(name='jvp(M)/block/fc1', cycles=97, count=10)]
+  assert program.dearest() == [dict(name='jvp(M)/block/fc1', cycles=97, issued=97, count=10)]
   moved = {m['kind']: (m['count'], m['bytes']) for m in program.collectives()}
   assert moved == {
     'all-reduce': (1, 2 * (64 * 2 * 4 + 4 * 2)),

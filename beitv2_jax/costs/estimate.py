@@ -242,9 +242,9 @@ def show(result: dict, top: int) -> str:
   if result['collectives']:
     lines += ['collectives             times a step       bytes a chip']
     lines += [f'  {x["kind"]:22s}{x["count"]:10d}{gib(x["bytes"]):>20s}' for x in result['collectives']] + ['']
-  lines += ['dearest operations (compiler estimate)      share   times']
-  total = max(result['cycles'], 1)
-  lines += [f'  {x["name"][:60]:60s}{100 * x["cycles"] / total:6.1f} %{x["count"]:6d}' for x in result['operations'][:top]]
+  lines += ['dearest operations                                              of cycles  of instructions   times']
+  shares = lambda x: (100 * x['cycles'] / max(result['cycles'], 1), 100 * x['issued'] / max(result['issued'], 1))
+  lines += ['  {:60s}{:9.1f} %{:15.1f} %{:8d}'.format(x['name'][:60], *shares(x), x['count']) for x in result['operations'][:top]]
   if result['without_estimate']:
     kinds = ', '.join(f'{k} ({n})' for k, n in result['without_estimate'].items())
     lines += ['', f'without an estimate, so not in the time: {kinds}']

@@ -115,13 +115,16 @@ class Program:
     return sum(i['cycles'] * times for i, times in self._all() if i['cycles'])
 
   def instructions(self) -> int:
-    """As `cycles`, by the instructions that are issued. Of operations that are the same the compiler keeps one: the others take its
-    number. An operation of which none is known takes its cycles."""
-    known: dict[Any, int] = {}
-    for i, _ in self._all():
-      if i['name'] in self.issued:
-        known[self._same(i)] = self.issued[i['name']]
-    return sum((i['cycles'] if i['kernel'] else known.get(self._same(i), i['cycles'])) * times for i, times in self._all() if i['cycles'])
+    """As `cycles`, by the instructions that are issued."""
+    return sum(issued * times for _, times, issued in self._issued())
+
+  def _issued(self):
+    """(operation, times, instructions) of those that have cycles. Of operations that are the same the compiler keeps one: the others take
+    its number. An operation of which none is known, and a kernel, takes its cycles."""
+    known = {self._same(i): self.issued[i['name']] for i, _ in self._all() if i['name'] in self.issued}
+    for i, times in self._all():
+      if i['cycles']:
+        yield i, times, i['cycles'] if i['kernel'] else known.get(self._same(i), i['cycles'])
 
   def _same(self, i: dict[str, Any]) -> Any:
     """What operations that are made the same way have in common."""
@@ -129,13 +132,13 @@ class Program:
 
   def dearest(self) -> list[dict[str, Any]]:
     """Operations by what they come from in the model, block numbers left out, the most expensive first."""
-    cycles, counts = collections.Counter(), collections.Counter()
-    for i, times in self._all():
-      if i['cycles']:
-        name = re.sub(r'jit\(\w+\)/|jvp\(\)/|_\d+(?=/|\)|$)', '', i['source']) or i['opcode']
-        cycles[name] += i['cycles'] * times
-        counts[name] += times
-    return [dict(name=n, cycles=c, count=counts[n]) for n, c in cycles.most_common(60)]
+    cycles, instructions, counts = collections.Counter(), collections.Counter(), collections.Counter()
+    for i, times, issued in self._issued():
+      name = re.sub(r'jit\(\w+\)/|jvp\(\)/|_\d+(?=/|\)|$)', '', i['source']) or i['opcode']
+      cycles[name] += i['cycles'] * times
+      instructions[name] += issued * times
+      counts[name] += times
+    return [dict(name=n, cycles=c, issued=instructions[n], count=counts[n]) for n, c in cycles.most_common(60)]
 
   def collectives(self) -> list[dict[str, Any]]:
     """Per kind: how often a step, and the bytes a chip sends (ring algorithms: twice the result for an all-reduce)."""
