@@ -1,5 +1,7 @@
 """Sizes, initial distributions and the mathematics of the layers, against the published description and hand-made numbers."""
 
+import subprocess
+import sys
 import types
 
 import flax.linen as nn
@@ -9,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from beitv2_jax.kernels import functions, norm_gpu
+from beitv2_jax.kernels import attention, functions, norm_gpu
 from beitv2_jax.models import layers, vit
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.layers import Execution
@@ -275,3 +277,14 @@ def test_spreading_a_bias_table_is_indexing_it(grid):
   ours = values_and_gradients(lambda t: layers.spread_table(t, grid), table)
   close(ours, values_and_gradients(lambda t: t[index].transpose(2, 0, 1), table), 1e-5)
   np.testing.assert_array_equal(ours[0], np.asarray(table)[index].transpose(2, 0, 1))
+
+
+def test_a_jax_without_triton(monkeypatch):
+  """Everything imports, and training says that plain XLA takes over."""
+  program = "import sys; sys.modules['jax.experimental.pallas.triton'] = None; from beitv2_jax.kernels import attention, chip; assert chip.triton is None"
+  subprocess.run([sys.executable, '-c', program], check=True)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(functions.chip, 'triton', None)
+  monkeypatch.setattr(functions.chip, 'refused', {})
+  attention.check()
+  assert 'no Triton for Pallas any more; plain XLA' in functions.chip.refused['attention']

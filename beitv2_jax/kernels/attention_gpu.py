@@ -15,7 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+from beitv2_jax.kernels.chip import triton as plgpu
 
 LOG2E = math.log2(math.e)
 NEVER = -1e30  # a logit that gets no weight, and makes no NaN

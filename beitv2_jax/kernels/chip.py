@@ -1,6 +1,7 @@
 """Which chip a program is made for, and which of our kernels work on the chip of this process."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 
+try:  # deprecated since jax 0.11, and to go
+  from jax.experimental.pallas import triton
+except ImportError:
+  triton: Any = None
+
 KERNELS = ('attention', 'layer norm', 'TF32 product')
+WITH_TRITON = ('attention', 'layer norm')  # on GPUs
 refused: dict[str, str] = {}  # kernels that are left alone in this process, and why
 
 
@@ -43,6 +50,9 @@ def made_anew(x: jax.Array) -> jax.Array:
 def check(kernel: str, ours: Callable, plain: Callable, *args, tolerance: float = 0.03) -> None:
   """Compares `ours(*args)` with `plain` of the same in fp32, on this process's chip. Refuses the kernel if it fails, or is off by more
   than `tolerance` of the largest value."""
+  if kernel in WITH_TRITON and jax.default_backend() == 'gpu' and triton is None:
+    refused[kernel] = f'jax {jax.__version__} has no Triton for Pallas any more; plain XLA, which is slower, takes over'
+    return
   try:
     mesh = jax.make_mesh((1, 1), ('data', 'model'), axis_types=(AxisType.Auto,) * 2, devices=jax.local_devices()[:1])
     with jax.set_mesh(mesh):

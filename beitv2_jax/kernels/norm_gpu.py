@@ -7,7 +7,8 @@ that comes past the norm (the residual branch) on the way.
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+from beitv2_jax.kernels.chip import triton as plgpu
 
 ROWS, WARPS = 4, 4  # tokens at a time, and the warps that share them
 TURNS = 16  # that a program goes through, summing over them
