@@ -62,6 +62,7 @@ def topology_devices(name: str) -> list:
     raise UserError(f'--topology={name}: use one of {", ".join(CHIPS)}, a colon and the slice, such as v5e:4x4 or v4:2x2x1.')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # there is no metadata server to ask
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # several may compile at once: none holds a chip
   # The compiler writes down its schedule of every operation, which is all that is to be had for our own kernels.
   dump = f'--xla_jf_dump_to={_SCHEDULES.name} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles'
   os.environ.setdefault('LIBTPU_INIT_ARGS', dump)
