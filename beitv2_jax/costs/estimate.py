@@ -147,12 +147,9 @@ def report(config: Any, topology: str, part: str = 'step', keep_hlo: str | Path 
   with jax.set_mesh(mesh):
     compiled = traced.lower().compile()
   seconds, cpu_seconds = time.monotonic() - began, time.process_time() - spent
-  text = _text(compiled, topology)
+  program, text = read(compiled, topology, devices_a_chip)
   if keep_hlo:
     Path(keep_hlo).write_text(text)
-  bandwidth = chip.bandwidth / (1 if chip.two_cores else devices_a_chip)
-  lengths, issued = schedules.take(Path(_SCHEDULES.name))
-  program = hlo.Program(text, kernel_cycles(chip, bandwidth, lengths, 2 if chip.two_cores and devices_a_chip == 1 else 1), issued)
   memory = compiled.memory_analysis()
   used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   needed, images = operations_per_image(config, part), config.batch_size / chips
@@ -175,6 +172,15 @@ def report(config: Any, topology: str, part: str = 'step', keep_hlo: str | Path 
     images_per_second_chip_no_overlap=images / (compute + linked) if compute else float('nan'),
     collectives=moved, operations=program.dearest(), without_estimate=program.without_estimate(), unknown_loops=program.unknown_loops,
   )  # fmt: skip
+
+
+def read(compiled: Any, topology: str, devices_a_chip: int) -> tuple[hlo.Program, str]:
+  """What was compiled last, and its text."""
+  chip = CHIPS[topology.partition(':')[0]]
+  text = _text(compiled, topology)
+  bandwidth = chip.bandwidth / (1 if chip.two_cores else devices_a_chip)
+  lengths, issued = schedules.take(Path(_SCHEDULES.name))
+  return hlo.Program(text, kernel_cycles(chip, bandwidth, lengths, 2 if chip.two_cores and devices_a_chip == 1 else 1), issued), text
 
 
 def _text(compiled: Any, topology: str) -> str:
@@ -237,7 +243,7 @@ def show(result: dict, top: int) -> str:
     f'compiler estimate   {result["cycles"] / 1e6:.1f} M cycles, {1e3 * result["seconds"]:.1f} ms a step',
     f'                    {result["images_per_second_chip"]:,.0f} images/s a chip, {100 * result["share_of_peak"]:.1f} % of peak, if collectives hide behind compute',
     f"                    {result['images_per_second_chip_no_overlap']:,.0f} images/s a chip if none of them does ({1e3 * result['collective_seconds']:.1f} ms at the links' bandwidth)",
-    f'instructions alone  {result["issued"] / 1e6:.1f} M cycles: the least it can take, with no wait for memory or for a unit ({100 * result["share_of_peak"] * result["cycles"] / max(result["issued"], 1):.1f} % of peak)',
+    f'instructions        {result["issued"] / 1e6:.1f} M, which would be {100 * result["share_of_peak"] * result["cycles"] / max(result["issued"], 1):.1f} % of peak if nothing waited for memory or a matrix unit',
     '',
   ]
   if result['collectives']:

@@ -1,7 +1,7 @@
 """What the TPU compiler writes down of every operation it made: the instructions, in the order in which the chip issues them.
 
-A chip issues one of these (wide) instructions a cycle, unless it waits for memory or for a unit. So their number is the least that an operation
-takes, and says where the compiler's own estimate is far above that.
+A chip issues one of these (wide) instructions a cycle, unless it waits for memory or for a unit. So their number shows where the compiler's cost
+model is far off, and no more than that: how long the matrix units are busy with a product is not in it.
 """
 
 import re
