@@ -2,7 +2,7 @@
 
   python benchmarks/input_pipeline.py FOLDER [--workers 2] [--rounds 5]     images/s, alternating rounds, and their ratio
   python benchmarks/input_pipeline.py FOLDER --memory [--images 20000]      memory of our worker processes as they go on
-  python benchmarks/input_pipeline.py --index                               time to the first batch of a 1.28 M record index
+  python benchmarks/input_pipeline.py --index [--workers 2]                 time to the first batch of a 1.28 M record index
 
 Both make, from JPEG bytes, uint8 batches of 224 px crops (antialiased bicubic) with flip and block mask. Needs torch (extra [parity]).
 """
@@ -120,7 +120,7 @@ def memory(folder: str, workers: int, images: int) -> None:
       print(f'{k * BATCH:6d} images: workers hold {", ".join(f"{m:.0f}" for m in children_memory())} MiB', flush=True)
 
 
-def index() -> None:
+def index(workers: int) -> None:
   """1,281,167 files in 1,000 class folders, most of them hard links to one image."""
   from PIL import Image
 
@@ -138,7 +138,7 @@ def index() -> None:
     start = time.monotonic()
     source = sources.make(f'folder:{folder}/train', 'train', holdout=1e-9)
     listed = time.monotonic() - start
-    batches = pipeline.train_batches(source, [transforms.RandomResizedCrop(224), transforms.Flip()], seed=0, batch=BATCH)
+    batches = pipeline.train_batches(source, [transforms.RandomResizedCrop(224), transforms.Flip()], seed=0, batch=BATCH, workers=workers)
     next(batches)
     print(f'{len(source):,} files: listed in {listed:.1f} s, first batch of {BATCH} after {time.monotonic() - start:.1f} s')
     batches.close()
@@ -154,7 +154,7 @@ if __name__ == '__main__':
   parser.add_argument('--index', action='store_true')
   args = parser.parse_args()
   if args.index:
-    index()
+    index(args.workers)
   elif not args.folder:
     parser.error('give a FOLDER of JPEGs')
   elif args.memory:
