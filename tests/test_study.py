@@ -8,7 +8,7 @@ import pytest
 from beitv2_jax import commands
 from beitv2_jax.config import check
 from beitv2_jax.reports.page import Page
-from beitv2_jax.studies import run
+from beitv2_jax.studies import plan, run, summary
 from beitv2_jax.studies.tables import TABLES, Row, Table
 from beitv2_jax.training import metrics
 from tests.conftest import main_env
@@ -20,11 +20,11 @@ SCORES = ('probe', 'finetune')
 @pytest.mark.parametrize('recipe', ['configs/demo.py', 'configs/transfer.py', 'configs/transfer.py:size=small'])
 def test_every_row_is_a_config_that_is_allowed(name, recipe, tmp_path):
   scores = SCORES if 'demo' in recipe else (*SCORES, 'segment')
-  study = run.Study(name, TABLES[name], tmp_path, 1, recipe, {'data.source': 'digits'}, scores)
+  study = plan.Study(name, TABLES[name], tmp_path, 1, recipe, {'data.source': 'digits'}, scores)
   names = [row.name for row in study.rows]
-  assert len(set(map(run.slug, names))) == len(names) and 'no pretraining' in names and 'the same from a random teacher' in names
+  assert len(set(map(plan.slug, names))) == len(names) and 'no pretraining' in names and 'the same from a random teacher' in names
   for row, seed, folder in study.cells():
-    stages = list(run.stages_of(study, row, seed))
+    stages = list(plan.stages_of(study, row, seed))
     for stage, _, changes in stages:
       check(study.config(stage, changes))
     assert [s for s, workdir, _ in stages if workdir.parent == folder][-len(scores[1:]) :] == list(scores[1:])
@@ -33,12 +33,12 @@ def test_every_row_is_a_config_that_is_allowed(name, recipe, tmp_path):
 def test_rows_of_one_name_are_one_row():
   rows = [row for table in TABLES.values() for row in table.rows]
   for row in rows:
-    assert all(row == other for other in rows if run.slug(other.name) == run.slug(row.name)), row.name
+    assert all(row == other for other in rows if plan.slug(other.name) == plan.slug(row.name)), row.name
 
 
 def stages_of(table, row, **more):
-  study = run.Study(table, TABLES[table], run.Path('out'), 1, **more)
-  return list(run.stages_of(study, next(r for r in study.rows if r.name == row), 0))
+  study = plan.Study(table, TABLES[table], plan.Path('out'), 1, **more)
+  return list(plan.stages_of(study, next(r for r in study.rows if r.name == row), 0))
 
 
 def test_what_is_relative_follows_the_recipe():
@@ -62,13 +62,13 @@ def test_who_teaches():
 
 
 def test_rows_that_ask_for_more_images_than_there_are_fall_away(tmp_path):
-  study = run.Study('data', TABLES['data'], tmp_path, 1)
+  study = plan.Study('data', TABLES['data'], tmp_path, 1)
   assert [row.name for row in study.rows][:4] == ['100 images', '300 images', '1,000 images', 'codes of the recipe’s quantizer']
 
 
 def test_rows_share_what_is_the_same(tmp_path):
-  studies = [run.Study(name, TABLES[name], tmp_path, 2) for name in ('aggregation', 'targets')]
-  made = {(stage, workdir) for study in studies for row, seed, _ in study.cells() for stage, workdir, _ in run.stages_of(study, row, seed)}
+  studies = [plan.Study(name, TABLES[name], tmp_path, 2) for name in ('aggregation', 'targets')]
+  made = {(stage, workdir) for study in studies for row, seed, _ in study.cells() for stage, workdir, _ in plan.stages_of(study, row, seed)}
   count = {s: sum(stage == s for stage, _ in made) for s in ('teacher', 'vqkd', 'pretrain')}
   # Two teachers; each with two seeds; six rows with two seeds, of which the other table has four, and two of its own.
   assert count == dict(teacher=2, vqkd=4, pretrain=16)
@@ -78,7 +78,7 @@ def test_rows_share_what_is_the_same(tmp_path):
 def study(tmp_path_factory):
   table = Table('Does it work?', (Row('codes'), Row('no pretraining', None, None)))
   settings = {'steps': 2, 'quick_compile': True, 'pretrain:steps': 3}
-  made = run.Study('tiny', table, tmp_path_factory.mktemp('study'), 1, settings=settings)
+  made = plan.Study('tiny', table, tmp_path_factory.mktemp('study'), 1, settings=settings)
   said = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('XLA_FLAGS', main_env()['XLA_FLAGS'])  # one device: half the time
@@ -115,14 +115,14 @@ def test_rows_of_other_code_or_settings_are_not_mixed(study, monkeypatch):
     run.left(study)
   # Nor are the stages that rows share.
   row, seed, folder = next(study.cells())
-  for stage, workdir, changes in run.stages_of(study, row, seed):
+  for stage, workdir, changes in plan.stages_of(study, row, seed):
     with pytest.raises(run.UserError, match=f'{workdir} was made by other code or settings'):
       run.train(study, stage, workdir, changes)
 
 
 def test_processes_share_a_study(study, tmp_path, monkeypatch):
   """A row that another process is at is left to it, and waited for at the end."""
-  waiting, order = run.Study('tiny', study.table, tmp_path, 1), []
+  waiting, order = plan.Study('tiny', study.table, tmp_path, 1), []
   (_, _, first), (_, _, second) = waiting.cells()
   other = run.held(first)
   assert other.__enter__()
@@ -143,23 +143,26 @@ def test_processes_share_a_study(study, tmp_path, monkeypatch):
     assert mine and not again
     with pytest.raises(run.OutOfTime), run.held(tmp_path / 'stage', deadline=0):
       pass
+  with run.held(first), pytest.raises(run.UserError, match='another process is making .*: stop it before --redo'):
+    run.forget(waiting)
+  assert first.is_dir()
 
 
 def test_a_stage_that_fails_is_named(tmp_path):
-  broken = run.Study('tiny', Table('?', (Row('codes'),)), tmp_path, 1, settings={'steps': 2, 'data.source': 'folder:/nowhere'})
+  broken = plan.Study('tiny', Table('?', (Row('codes'),)), tmp_path, 1, settings={'steps': 2, 'data.source': 'folder:/nowhere'})
   with pytest.raises(run.RunFailed, match='teacher ended with code 2: error: no folder /nowhere'):
     run.train(broken, 'teacher', tmp_path / 'teacher', {})
 
 
 def test_minutes_that_are_over(tmp_path):
   """A stage is stopped with a save, and the same command goes on to the end."""
-  made = run.Study(
+  made = plan.Study(
     'tiny', Table('?', (Row('none', None, None),)), tmp_path, 1, settings={'steps': 20, 'quick_compile': True}, scores=('finetune',)
   )
   row, seed, folder = next(made.cells())
   with pytest.raises(run.OutOfTime):
     run.cell(made, row, seed, folder, {}, deadline=0)
-  (stage, workdir, changes), *_ = run.stages_of(made, row, seed)
+  (stage, workdir, changes), *_ = plan.stages_of(made, row, seed)
   with pytest.raises(run.OutOfTime):
     run.train(made, stage, workdir, changes, deadline=run.time.monotonic() + 4)
   assert not run.finished(workdir)
@@ -169,7 +172,7 @@ def test_minutes_that_are_over(tmp_path):
 
 
 def test_means_and_deviations():
-  assert run.cell_text([1.0, 2.0, 3.0], 1) == '2.0 ± 1.0' and run.cell_text([2.0], 2) == '2.00' and run.cell_text([], 1) == ''
+  assert summary.cell_text([1.0, 2.0, 3.0], 1) == '2.0 ± 1.0' and summary.cell_text([2.0], 2) == '2.00' and summary.cell_text([], 1) == ''
   page = Page('x')
   page.intervals('accuracy', {'a': [1.0, 3.0], '<b>': [2.0]})
   drawn = page.html()

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--dry-run', action='store_true', help='say what is left to do, and do nothing')
   parser.add_argument('--redo', action='store_true', help='make rows again that other code or settings made')
   args = parser.parse_args(argv)
-  from beitv2_jax.studies import run, tables
+  from beitv2_jax.studies import plan, run, summary, tables
   from beitv2_jax.training import process
 
   if args.table not in tables.TABLES:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     settings['segment:data.source'] = args.scenes
   scores = ('probe', *['finetune'] * args.finetune, *['segment'] * bool(args.scenes))
   process.use_compilation_cache()
-  study = run.Study(args.table, table, args.out.expanduser(), args.seeds, args.config, settings, scores)
+  study = plan.Study(args.table, table, args.out.expanduser(), args.seeds, args.config, settings, scores)
   print(study.table.question)
   if args.redo:
     run.forget(study)
@@ -76,4 +76,4 @@ def main(argv: list[str] | None = None) -> None:
   except run.OutOfTime:
     print(f'stopped after {args.minutes:g} minutes, at the next save; the same command goes on')
     return
-  print('\n' + run.markdown(study) + f'\n{study.out / study.name}/table.html')
+  print('\n' + summary.markdown(study) + f'\n{study.out / study.name}/table.html')

@@ -26,7 +26,7 @@ def _shape_bytes(text: str) -> int:
 
 def _anonymous(shape: str, opcode: str, rest: str) -> str:
   """An operation without the names in it, and without what the compiler notes of it."""
-  return f'{shape} {opcode} ' + re.sub(r'%[\w.\-]+', '%', rest.split(', metadata=')[0].split(', backend_config=')[0])
+  return f'{shape} {opcode}(' + re.sub(r'%[\w.\-]+', '%', rest.split(', metadata=')[0].split(', backend_config=')[0])
 
 
 class Program:
@@ -43,15 +43,14 @@ class Program:
     text = re.sub(r'\{\n("turns":"\d+")\n\}', r'{\1}', text)  # a kernel's metadata is spread over lines
     self.computations: dict[str, list[dict]] = {}
     self.entry, current = '', None
-    self.issued, self.bodies, head_name = issued or {}, collections.defaultdict(list), ''
+    self.issued = issued or {}
     for line in text.splitlines():
       head = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$', line)
       if head:
-        current, head_name = self.computations.setdefault(head[2], []), head[2]
+        current = self.computations.setdefault(head[2], [])
         self.entry = head[2] if head[1] else self.entry
       elif current is not None and (found := re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$', line)):
         current.append(self._instruction(*found.groups()))
-        self.bodies[head_name].append(_anonymous(found[2], found[3], found[4]))
     kernels = [i for c in self.computations.values() for i in c if i['kernel']]
     for i in kernels:
       if kernel_cycles is None:
@@ -78,7 +77,7 @@ class Program:
     called = dict(re.findall(r'(body|condition|to_apply|calls)=%?([\w.\-]+)', rest))
     branches = re.search(r'branch_computations=\{([^}]*)\}', rest)
     return dict(
-      name=name, shape=shape, opcode=opcode, kernel=kernel, bytes=_shape_bytes(shape), cycles=cycles, constant=int(constant[1]) if constant else None,
+      name=name, shape=shape, form=_anonymous(shape, opcode, rest), opcode=opcode, kernel=kernel, bytes=_shape_bytes(shape), cycles=cycles, constant=int(constant[1]) if constant else None,
       source=source[1] if source else '', called=called, starts='custom_call_target="AsyncCollectiveStart"' in rest,
       branches=[b.strip().lstrip('%') for b in branches[1].split(',')] if branches else [],
     )  # fmt: skip
@@ -128,7 +127,7 @@ class Program:
 
   def _same(self, i: dict[str, Any]) -> Any:
     """What operations that are made the same way have in common."""
-    return i['shape'], i['opcode'], i['cycles'], tuple(self.bodies.get(i['called'].get('calls'), ()))
+    return i['shape'], i['opcode'], i['cycles'], tuple(j['form'] for j in self.computations.get(i['called'].get('calls'), ()))
 
   def dearest(self) -> list[dict[str, Any]]:
     """Operations by what they come from in the model, block numbers left out, the most expensive first."""

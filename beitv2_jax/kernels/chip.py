@@ -32,7 +32,7 @@ def kind() -> str:
 
 
 def has_erf() -> bool:
-  """Whether erf is one instruction here: on TPUs from v6e on. On those before it is made of some forty."""
+  """Whether erf is one instruction here: on TPUs from v6e on."""
   return platform() == 'tpu' and not kind().startswith(('TPU v2', 'TPU v3', 'TPU v4', 'TPU v5'))
 
 

@@ -1,119 +1,36 @@
 """Runs a study: every row with every seed, one stage after the other, each in a process of its own; what is done is not done again.
 
-`OUT/teacher`, `OUT/random_teacher`; `OUT/tokenizers/NAME-SEED`, shared by rows that have the same one; `OUT/rows/ROW-SEED/pretrain`,
-`finetune`, `segment` and `scores.json`, shared by tables; `OUT/TABLE/table.json`, `table.md` and `table.html`.
-
 Several processes may work in one OUT, one for each GPU for example: who makes a row or a stage holds a lock on it (`NAME.lock`).
 """
 
 import collections
 import contextlib
-import dataclasses
 import fcntl
-import functools
-import hashlib
 import json
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from beitv2_jax import recipes
 from beitv2_jax.data import sources
 from beitv2_jax.downstream import features, probes, segmentation, trained
 from beitv2_jax.errors import RunFailed, UserError
-from beitv2_jax.reports.page import Page
-from beitv2_jax.studies.tables import ENCODER, RANDOM, Relative, Row, Table
+from beitv2_jax.studies import summary
+from beitv2_jax.studies.plan import Study, fingerprint, stages_of
+from beitv2_jax.studies.tables import ENCODER, Row
 from beitv2_jax.training import events, metrics
 
-# What is reported of a row: (key, title, digits).
-FIGURES = (
-  ('codes_used', 'codes used %', 1),
-  ('perplexity', 'perplexity', 1),
-  ('rec_loss', '1 - cosine to the teacher', 3),
-  ('finetune', 'fine-tuning %', 1),
-  ('probe', 'linear probe %', 1),
-  ('probe5', '5 labels a class %', 1),
-  ('knn', 'k-NN %', 1),
-  ('miou', 'mIoU %', 1),
-)
 PROBES = ('probe', 'probe5', 'knn')
-GEOMETRY = ('data.image_size', 'model.patch_size')  # what a model's later stages must share
 
 
 class OutOfTime(Exception):
   """The minutes that a study may take are over; what is done stays."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-  """`settings` hold for every stage, those called 'STAGE:KEY' for one. `recipe` is a file with the stages teacher, vqkd and pretrain, and
-  finetune and segment for the scores of those names."""
-
-  name: str
-  table: Table
-  out: Path
-  seeds: int
-  recipe: str = 'configs/demo.py'
-  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-  scores: tuple[str, ...] = ('probe',)  # of 'probe', 'finetune' and 'segment'
-
-  def config(self, stage: str, changes: dict[str, Any] | None = None) -> Any:
-    """The recipe of a stage as it is trained. Raises UserError for a stage that it has not."""
-    settings = self.settings_of(stage) | (changes or {})
-    try:
-      return recipes.from_arguments([f'--config={self.argument(stage)}', *(f'--config.{k}={v}' for k, v in settings.items())])
-    except UserError as e:
-      raise UserError(f'{self.recipe} as stage={stage}: {e}') from e
-
-  def argument(self, stage: str) -> str:
-    """What --config takes: FILE:stage=STAGE, or FILE:OTHER,stage=STAGE where the recipe was given arguments."""
-    file, _, arguments = self.recipe.partition(':')
-    return f'{file}:{",".join(filter(None, (arguments, f"stage={stage}")))}'
-
-  def settings_of(self, stage: str) -> dict[str, Any]:
-    general = {k: v for k, v in self.settings.items() if ':' not in k}
-    return general | {k.partition(':')[2]: v for k, v in self.settings.items() if k.startswith(f'{stage}:')}
-
-  def cells(self) -> Iterator[tuple[Row, int, Path]]:
-    """Every row with every seed, and where its scores go. Seeds are the outer loop: a study that is cut short has whole tables."""
-    for seed in range(self.seeds):
-      for row in self.rows:
-        yield row, seed, self.folder(row, seed)
-
-  @functools.cached_property
-  def rows(self) -> list[Row]:
-    """The table's, less those that ask for as many images as there are."""
-    limits = [row.student.get('data.limit', 0) if isinstance(row.student, dict) else 0 for row in self.table.rows]
-    if not any(limits):
-      return list(self.table.rows)
-    data = self.config('pretrain').data
-    images = len(sources.make(data.source, 'train', data.dir, data.holdout))
-    return [row for row, limit in zip(self.table.rows, limits) if limit < images]
-
-  def folder(self, row: Row, seed: int) -> Path:
-    return self.out / 'rows' / f'{slug(row.name)}-{seed}'
-
-
-def slug(name: str) -> str:
-  return re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')
-
-
-@functools.cache
-def fingerprint() -> str:
-  """Of the code that rows depend on."""
-  package, digest = Path(recipes.__file__).parent, hashlib.sha256()
-  folders = [package / name for name in ('models', 'tasks', 'training', 'data', 'kernels', 'downstream')] + [recipes.shipped()]
-  for path in sorted(p for folder in folders for p in folder.glob('*.py')):
-    digest.update(path.read_bytes())
-  return digest.hexdigest()[:16]
 
 
 def left(study: Study) -> list[tuple[Row, int, Path]]:
@@ -148,69 +65,6 @@ def concerning(settings: dict[str, str], scores: dict[str, float]) -> dict[str, 
 
 def written(settings: dict[str, Any]) -> dict[str, str]:
   return {k: str(v) for k, v in settings.items()}
-
-
-def stages_of(study: Study, row: Row, seed: int) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-  """(stage, workdir, changes) that a row needs to be scored, in order."""
-  folder = study.folder(row, seed)
-  student = row.student if isinstance(row.student, dict) else None
-  target = student.get('target', 'codes') if student is not None else ''
-  taught: dict[str, Any] = {}
-  if row.tokenizer is not None or target == 'features':
-    before, taught = teaching(study, row, seed)
-    yield from before
-  tokenizer = study.out / 'tokenizers' / f'{teacher_name(row)}-{slug(changes_text(study, "vqkd", row.tokenizer)) or "recipe"}-{seed}'
-  if row.tokenizer is not None:
-    yield 'vqkd', tokenizer, {'seed': seed} | taught | resolved(study, 'vqkd', row.tokenizer)
-  own: dict[str, Any] = {'seed': seed}  # of what comes after
-  if row.student == ENCODER:
-    encoder = study.config('vqkd').model.encoder
-    own |= {'init_from': tokenizer, 'model.abs_pos': True, 'model.rel_pos': 'none', 'model.layer_scale': 0.0}
-    own |= {f'model.{k}': encoder[k] for k in ('width', 'depth', 'heads')}
-  elif student is not None:
-    changes = resolved(study, 'pretrain', student)
-    handed = {'tokenizer_from': tokenizer} if target == 'codes' else taught
-    yield 'pretrain', folder / 'pretrain', {'seed': seed} | handed | changes
-    own |= {'init_from': folder / 'pretrain'} | {k: v for k, v in changes.items() if k in GEOMETRY}
-  else:
-    own |= {'optim.layer_decay': 1.0}  # fresh blocks all learn at the same rate
-  if 'finetune' in study.scores:
-    yield 'finetune', folder / 'finetune', own
-  if 'segment' in study.scores:
-    yield 'segment', folder / 'segment', {k: v for k, v in own.items() if k != 'data.image_size'}
-
-
-def teacher_name(row: Row) -> str:
-  return row.teacher if isinstance(row.teacher, str) else slug(row.teacher.name)
-
-
-def teaching(study: Study, row: Row, seed: int) -> tuple[list[tuple[str, Path, dict[str, Any]]], dict[str, Any]]:
-  """(stages that make the row's teacher, what the next stage is told of it)."""
-  if isinstance(row.teacher, str):
-    workdir = study.out / ('random_teacher' if row.teacher == RANDOM else 'teacher')
-    return [('teacher', workdir, {'steps': 0} if row.teacher == RANDOM else {})], {'teacher.name': workdir / 'hf'}
-  stage = 'finetune' if row.teacher.student is None else 'pretrain'
-  needed = dataclasses.replace(study, scores=(stage,) if stage == 'finetune' else ())
-  workdir = study.folder(row.teacher, seed) / stage
-  return list(stages_of(needed, row.teacher, seed)), {'teacher.kind': 'stage', 'teacher.name': workdir}
-
-
-def resolved(study: Study, stage: str, changes: dict[str, Any]) -> dict[str, Any]:
-  """Changes with the recipe's values where they are relative to them."""
-
-  def value(key: str, change: Any) -> Any:
-    if not isinstance(change, Relative):
-      return change
-    found = study.config(stage)
-    for part in key.split('.'):
-      found = found[part]
-    return change.of(found)
-
-  return {k: value(k, v) for k, v in changes.items()}
-
-
-def changes_text(study: Study, stage: str, changes: dict[str, Any] | None) -> str:
-  return json.dumps(resolved(study, stage, changes or {}), sort_keys=True)
 
 
 @contextlib.contextmanager
@@ -299,7 +153,7 @@ def score(study: Study, row: Row, seed: int, workdirs: dict[str, Path], images: 
       pixels, labels[split] = images[key]
       means[split] = features.last_block_means(model, pixels)
     found |= probes.scores(means['train'], labels['train'], means['eval'], labels['eval'])
-  return {key: float(found[key]) for key, _, _ in FIGURES if key in found}
+  return {key: float(found[key]) for key, _, _ in summary.FIGURES if key in found}
 
 
 def cell(study: Study, row: Row, seed: int, folder: Path, images: dict, deadline: float = float('inf')) -> dict[str, float]:
@@ -339,7 +193,7 @@ def run(study: Study, say: Callable[[str], None], minutes: float = 0) -> None:
         began = time.monotonic()
         scores = cell(study, row, seed, folder, images, deadline)
         made = f'{time.monotonic() - began:.0f} s'
-      told = '  '.join(f'{title} {scores[key]:.{digits}f}' for key, title, digits in FIGURES if key in scores)
+      told = '  '.join(f'{title} {scores[key]:.{digits}f}' for key, title, digits in summary.FIGURES if key in scores)
       say(f'{number}/{len(missing)}  {row.name}, seed {seed}, {made}: {told}')
       summarize(study)
     return True
@@ -353,64 +207,18 @@ def run(study: Study, say: Callable[[str], None], minutes: float = 0) -> None:
 
 
 def forget(study: Study) -> None:
-  """Removes the table, and all rows and stages: tables share them."""
+  """Removes the table, and all rows and stages: tables share them. Raises UserError while another process is at work on them."""
+  for lock in (study.out / 'rows').glob('*.lock'):
+    with held(lock.with_suffix('')) as free:
+      if not free:
+        raise UserError(f'another process is making {lock.with_suffix("")}: stop it before --redo, which removes it.')
   for name in (study.name, 'rows', 'tokenizers', 'teacher', 'random_teacher'):
     shutil.rmtree(study.out / name, ignore_errors=True)
 
 
-def gathered(study: Study) -> dict[str, dict[str, list[float]]]:
-  """{row: {figure: its values, one a seed}}, of what is done."""
-  out: dict[str, dict[str, list[float]]] = {row.name: {} for row in study.rows}
-  for row, _, folder in study.cells():
-    if (folder / 'scores.json').is_file():
-      for key, value in json.loads((folder / 'scores.json').read_text())['scores'].items():
-        out[row.name].setdefault(key, []).append(value)
-  return out
-
-
-def cell_text(values: list[float], digits: int) -> str:
-  if not values:
-    return ''
-  spread = f' ± {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
-  return f'{np.mean(values):.{digits}f}{spread}'
-
-
-def table_rows(study: Study) -> tuple[list[str], list[list[str]]]:
-  values = gathered(study)
-  keys = [figure for figure in FIGURES if any(figure[0] in row for row in values.values())]
-  rows = [[name, *(cell_text(row.get(key, []), digits) for key, _, digits in keys)] for name, row in values.items()]
-  return ['', *(title for _, title, _ in keys)], rows
-
-
-def markdown(study: Study) -> str:
-  header, rows = table_rows(study)
-  line = lambda cells: '| ' + ' | '.join(cells) + ' |'
-  return '\n'.join([line(header), line(['---'] * len(header)), *map(line, rows)]) + '\n'
-
-
 def summarize(study: Study) -> None:
-  """table.json, table.md and table.html of what is done."""
   with held(study.out / study.name, float('inf')):
-    write_table(study, study.out / study.name)
-
-
-def write_table(study: Study, folder: Path) -> None:
-  values = gathered(study)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'table.json').write_text(
-    json.dumps(dict(question=study.table.question, seeds=study.seeds, code=fingerprint(), rows=values), indent=2) + '\n'
-  )
-  (folder / 'table.md').write_text(markdown(study))
-  page = Page(f'Study: {study.name}')
-  page.text(study.table.question)
-  page.table(*table_rows(study))
-  seeds = max((len(v) for row in values.values() for v in row.values()), default=0)
-  page.text(f'Mean and standard deviation over {seeds} seed{"s" * (seeds != 1)}.')
-  for key, title, _ in FIGURES:
-    shown = {name: row[key] for name, row in values.items() if key in row}
-    if shown:
-      page.intervals(title, shown)
-  page.save(folder / 'table.html')
+    summary.write(study, study.out / study.name)
 
 
 def cost(study: Study) -> list[str]:
