@@ -95,7 +95,7 @@ def base(task: str) -> ConfigDict:
     )
   )
   config.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
-  config.quick_compile = False  # compile in half the time what then runs slower: for trying things out, on CPUs
+  config.quick_compile = False  # compile in half the time what then runs slower: for trying things out, on CPUs and TPUs
   config.log_every = 50
   config.samples = 8  # evaluation images that report.html shows with what the model makes of them; 0: none
   config.track = ''  # also write to 'wandb', 'mlflow' or 'trackio', whose package must be installed
@@ -192,15 +192,18 @@ def layers(config: Any) -> dict[str, Any]:
 
 
 def compiler_options(config: Any, runs_once: bool = False) -> dict[str, Any] | None:
-  """What to ask of XLA, as jax.jit takes it: on CPUs less work on a program that `runs_once`, and least with `quick_compile`.
+  """What to ask of XLA, as jax.jit takes it: less work with `quick_compile`, and on CPUs on a program that `runs_once`.
 
   The programs stay the same, with another rounding here and there.
   """
-  if jax.default_backend() != 'cpu':
-    return None
-  if config.get('quick_compile', False):
+  backend, quick = jax.default_backend(), config.get('quick_compile', False)
+  if backend == 'cpu' and quick:
     return dict(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=False)
-  return dict(xla_backend_optimization_level=1) if runs_once else None
+  if backend == 'cpu' and runs_once:
+    return dict(xla_backend_optimization_level=1)
+  if backend == 'tpu' and quick:
+    return dict(optimization_level=19)  # XLA's O1, as a number: jax 0.10 takes no name
+  return None
 
 
 def head_dims(config: Any) -> set[int]:

@@ -1,68 +1,75 @@
-"""Our input pipeline against a torch DataLoader with torchvision's transforms on Pillow, side by side on the same files.
+"""Our input pipeline against a torch DataLoader with torchvision's and timm's transforms on Pillow, side by side on the same files.
 
-  python benchmarks/input_pipeline.py FOLDER [--workers 2] [--rounds 5]     images/s, alternating rounds, and their ratio
-  python benchmarks/input_pipeline.py FOLDER --memory [--images 20000]      memory of our worker processes as they go on
-  python benchmarks/input_pipeline.py --index [--workers 2]                 time to the first batch of a 1.28 M record index
+  python -m benchmarks.input_pipeline FOLDER [--workers 2] [--rounds 5]     images/s, alternating rounds, and their ratio
+  python -m benchmarks.input_pipeline FOLDER --memory [--images 20000]      memory of our worker processes as they go on
+  python -m benchmarks.input_pipeline --index [--workers 2]                 time to the first batch of a 1.28 M record index
 
-Both make, from JPEG bytes, uint8 batches of 224 px crops (antialiased bicubic) with flip and block mask. Needs torch (extra [parity]).
+From JPEG bytes both make batches of 224 px crops (antialiased bicubic) with flip: `crop` with a block mask, `jitter` the same after colour jitter
+(pretraining), `finetune` RandAugment instead of both. In ours colours are normalised and boxes erased in the training step, on the device; timm's
+transform for fine-tuning does both here. Needs the extra [parity].
 """
 
 import argparse
-import math
 import os
-import random
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from beitv2_jax.data import listing, pipeline, sources, transforms
 from beitv2_jax.data.masking import BlockMask
+from beitv2_jax.data.randaugment import RandAugment
 
 BATCH = 64
+RECIPES = ('crop', 'jitter', 'finetune')
 
 
-def ours(folder: str, workers: int):
+def ours(folder: str, workers: int, recipe: str = 'crop'):
   source = sources.make(f'folder:{folder}', 'train', holdout=1e-9)
-  steps = [transforms.RandomResizedCrop(224), transforms.Flip(), BlockMask((14, 14), 75)]
-  return pipeline.train_batches(source, steps, seed=0, batch=BATCH, workers=workers)
+  crop, mask = transforms.RandomResizedCrop(224), BlockMask((14, 14), 75)
+  steps = dict(
+    crop=[crop, transforms.Flip(), mask],
+    jitter=[transforms.ColorJitter(0.4, crop=crop), crop, transforms.Flip(), mask],
+    finetune=[crop, transforms.Flip(), RandAugment()],
+  )
+  return pipeline.train_batches(source, steps[recipe], seed=0, batch=BATCH, workers=workers)
 
 
 class TorchImages:
-  """torchvision's RandomResizedCrop (bicubic) and flip on PIL images, and the official mask generator's algorithm, as people write it."""
+  """What people write: Pillow, torchvision's transforms to uint8 and the official mask generator's algorithm; timm's own for fine-tuning."""
 
-  def __init__(self, folder: str):
+  def __init__(self, folder: str, recipe: str):
+    from tests.test_parity import import_timm
+
+    import_timm()
+    from timm.data import create_transform
+    from torchvision import transforms as tv
+
     self.files = [os.path.join(folder, n) for n in listing.images_under(Path(folder))]
+    self.masked = recipe != 'finetune'
+    if recipe == 'finetune':  # as the official code calls it
+      posterize = ImageOps.posterize
+      ImageOps.posterize = lambda image, bits: posterize(image, max(bits, 1))  # timm asks for 0 at times, which Pillow no longer takes
+      augmented = dict(auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25, re_mode='pixel', re_count=1)
+      self.transform = create_transform(224, is_training=True, color_jitter=0.4, interpolation='bicubic', **augmented)
+    else:
+      jitter = [tv.ColorJitter(0.4, 0.4, 0.4)] if recipe == 'jitter' else []
+      crop = tv.RandomResizedCrop(224, interpolation=tv.InterpolationMode.BICUBIC)
+      self.transform = tv.Compose([*jitter, crop, tv.RandomHorizontalFlip(), tv.PILToTensor()])
 
   def __len__(self):
     return len(self.files)
 
   def __getitem__(self, i):
-    import torch
-    from PIL import Image
-
     with open(self.files[i], 'rb') as f:
-      image = Image.open(f).convert('RGB')
-    width, height = image.size
-    for _ in range(10):
-      area = width * height * random.uniform(0.08, 1.0)
-      aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-      w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-      if 0 < w <= width and 0 < h <= height:
-        left, top = random.randint(0, width - w), random.randint(0, height - h)
-        break
-    else:
-      w = h = min(width, height)
-      left, top = (width - w) // 2, (height - h) // 2
-    image = image.crop((left, top, left + w, top + h)).resize((224, 224), Image.Resampling.BICUBIC)
-    if random.random() < 0.5:
-      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(image)), torch.from_numpy(BlockMask((14, 14), 75).draw(np.random.default_rng()))
+      image = self.transform(Image.open(f).convert('RGB'))
+    return (image, BlockMask((14, 14), 75).draw(np.random.default_rng())) if self.masked else image
 
 
-def theirs(folder: str, workers: int):
+def theirs(folder: str, workers: int, recipe: str):
   import torch
 
   def forever(loader):
@@ -70,15 +77,14 @@ def theirs(folder: str, workers: int):
       yield from loader
 
   torch.set_num_threads(1)
+  images = TorchImages(folder, recipe)
   return forever(
-    torch.utils.data.DataLoader(
-      TorchImages(folder), BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0
-    )
+    torch.utils.data.DataLoader(images, BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0)
   )
 
 
-def compare(folder: str, workers: int, rounds: int, images: int) -> None:
-  loaders = {'ours': ours(folder, workers), 'torch': theirs(folder, workers)}
+def compare(folder: str, workers: int, rounds: int, images: int, recipe: str) -> None:
+  loaders = {'ours': ours(folder, workers, recipe), 'torch': theirs(folder, workers, recipe)}
   rates = {name: [] for name in loaders}
   for loader in loaders.values():
     for _ in range(4):  # start workers, fill queues
@@ -122,8 +128,6 @@ def memory(folder: str, workers: int, images: int) -> None:
 
 def index(workers: int) -> None:
   """1,281,167 files in 1,000 class folders, most of them hard links to one image."""
-  from PIL import Image
-
   with tempfile.TemporaryDirectory() as folder:
     images = []
     for i in range(30):  # a file may have 65,000 links
@@ -150,6 +154,7 @@ if __name__ == '__main__':
   parser.add_argument('--workers', type=int, default=2)
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--images', type=int, default=0)
+  parser.add_argument('--recipe', nargs='*', default=RECIPES, choices=RECIPES)
   parser.add_argument('--memory', action='store_true')
   parser.add_argument('--index', action='store_true')
   args = parser.parse_args()
@@ -160,4 +165,6 @@ if __name__ == '__main__':
   elif args.memory:
     memory(args.folder, args.workers, args.images or 20_000)
   else:
-    compare(args.folder, args.workers, args.rounds, args.images or 2048)
+    for recipe in args.recipe:
+      print(recipe)
+      compare(args.folder, args.workers, args.rounds, args.images or 2048, recipe)

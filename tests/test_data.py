@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageEnhance
 from pyarrow import parquet
 
 from beitv2_jax.data import augment, decode, folders, pipeline, randaugment, sources, transforms
@@ -254,6 +254,22 @@ def test_crops_of_other_shapes():
   for size in ((32, 48), (48, 32), 64):
     assert transforms.CenterCrop(size)(record, None)['image'].shape == (*transforms.pair(size), 3)
     assert transforms.CenterCrop(size)(dict(image=np.asarray(noise(120, 40))), None)['image'].shape == (*transforms.pair(size), 3)
+
+
+def test_colour_jitter_is_pillows_inside_the_crop():
+  image, crop, seen = np.asarray(noise(40, 50)), transforms.RandomResizedCrop(24, exact=True), set()
+  for seed in range(30):
+    rng = np.random.default_rng(seed)
+    order, factors = rng.permutation(3), rng.uniform(0.6, 1.4, 3)
+    expected = Image.fromarray(image)
+    for i in order:
+      expected = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i](expected).enhance(factors[i])
+    expected = crop(dict(image=np.asarray(expected)), rng)
+    ours = crop(transforms.ColorJitter(0.4, crop=crop)(dict(image=image), rng := np.random.default_rng(seed)), rng)
+    np.testing.assert_array_equal(ours.pop('image'), expected['image'])
+    assert not ours  # no box in the batch
+    seen.add(tuple(order))
+  assert len(seen) == 6
 
 
 def test_colour_jitter_on_the_device_is_pillows():

@@ -52,10 +52,11 @@ class RandAugment:
   probability: float = 0.5
 
   def __call__(self, record: dict, rng: Rng) -> dict:
+    drawn = [number for number in rng.integers(len(OPERATIONS), size=self.count) if rng.random() < self.probability]
+    if not drawn:
+      return record
     image = Image.fromarray(np.ascontiguousarray(record['image']))
-    for name in rng.choice(list(OPERATIONS), self.count):
-      applied, magnitude = rng.random() < self.probability, float(np.clip(rng.normal(self.magnitude, self.std), 0, 10))
-      sign = rng.choice((-1, 1))
-      if applied:
-        image = OPERATIONS[name](image, magnitude, sign)
+    for number in drawn:
+      magnitude = min(max(rng.normal(self.magnitude, self.std), 0.0), 10.0)
+      image = list(OPERATIONS.values())[number](image, magnitude, 1 if rng.random() < 0.5 else -1)
     return record | dict(image=np.asarray(image))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageStat
 
 try:
   import cykooz_resizer as fast
@@ -23,6 +23,7 @@ except ImportError:  # no wheel for this machine
 Record = dict
 Rng = np.random.Generator
 Size = tuple[int, int]
+Box = tuple[int, int, int, int]  # left, top, width, height
 MAX_RESIZED = 2**26  # pixels: what is longer and thinner is cropped before it is resized
 
 
@@ -65,27 +66,6 @@ def pair(size: int | Size) -> Size:
 
 
 @dataclasses.dataclass(frozen=True)
-class ColorJitter:
-  """Brightness, contrast and saturation factors from U(1-s, 1+s), in random order (paper: 0.4, before the crop).
-
-  With `on_device` only the draw is made here, as `jitter` [3] and `jitter_order` [3]; data/augment.py applies it to the crop.
-  """
-
-  strength: float
-  on_device: bool = False
-
-  def __call__(self, record: Record, rng: Rng) -> Record:
-    order = rng.permutation(3)
-    factors = rng.uniform(1 - self.strength, 1 + self.strength, 3)
-    if self.on_device:
-      return record | dict(jitter=factors.astype(np.float32), jitter_order=order.astype(np.int32))
-    image = Image.fromarray(record['image'])
-    for i in order:
-      image = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i](image).enhance(factors[i])
-    return record | dict(image=np.asarray(image))
-
-
-@dataclasses.dataclass(frozen=True)
 class Flip:
   """Left-right with probability 1/2. Comes after the crop, which is as random either way, and has fewer pixels to move."""
 
@@ -98,8 +78,8 @@ class Flip:
     return record
 
 
-def random_box(width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: Rng):
-  """The crop box (left, top, width, height) of torchvision's RandomResizedCrop: ten tries, then the centre."""
+def random_box(width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: Rng) -> Box:
+  """The crop box of torchvision's RandomResizedCrop: ten tries, then the centre."""
   for _ in range(10):
     area = width * height * rng.uniform(*scale)
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -116,17 +96,70 @@ def random_box(width: int, height: int, scale: tuple[float, float], ratio: tuple
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
-  """A box of area U(scale) and log-uniform aspect, resized to `size`."""
+  """A box of area U(scale) and log-uniform aspect, resized to `size`. Where the record has a `box` already it is that one."""
 
   size: int | Size
   scale: tuple[float, float] = (0.08, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
   exact: bool = False
 
+  def box(self, image: np.ndarray, rng: Rng) -> Box:
+    return random_box(image.shape[1], image.shape[0], self.scale, self.ratio, rng)
+
   def __call__(self, record: Record, rng: Rng) -> Record:
+    record = dict(record)
     image = record['image']
-    left, top, w, h = random_box(image.shape[1], image.shape[0], self.scale, self.ratio, rng)
+    left, top, w, h = record.pop('box', None) or self.box(image, rng)
     return record | dict(image=resize(image[top : top + h, left : left + w], pair(self.size), self.exact))
+
+
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
+RAMP = Image.frombytes('L', (256, 1), bytes(range(256)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ColorJitter:
+  """Brightness, contrast and saturation factors from U(1-s, 1+s), in random order (paper: 0.4, before the crop).
+
+  With `on_device` only the draw is made here, as `jitter` [3] and `jitter_order` [3]; data/augment.py applies it to the crop.
+  `crop` is the one that comes next: its box is drawn here already, and only what it keeps is worked on. The pixels are the same.
+  """
+
+  strength: float
+  on_device: bool = False
+  crop: RandomResizedCrop | None = None
+
+  def __call__(self, record: Record, rng: Rng) -> Record:
+    order = rng.permutation(3)
+    factors = rng.uniform(1 - self.strength, 1 + self.strength, 3)
+    if self.on_device:
+      return record | dict(jitter=factors.astype(np.float32), jitter_order=order.astype(np.int32))
+    image = record['image']
+    box = self.crop.box(image, rng) if self.crop else (0, 0, image.shape[1], image.shape[0])
+    return record | dict(image=jittered(image, factors, order, box)) | (dict(box=(0, 0, *box[2:])) if self.crop else {})
+
+
+def jittered(image: np.ndarray, factors: np.ndarray, order: np.ndarray, box: Box) -> np.ndarray:
+  """What is inside `box` after ImageEnhance's brightness, contrast and saturation of the whole image by `factors` [3], in `order`.
+
+  Contrast turns on the mean grey of the whole image: what comes before it is done everywhere, the rest inside the box.
+  """
+  part = Image.fromarray(image)
+  for i in order:
+    if i == CONTRAST:
+      mean = int(ImageStat.Stat(part.convert('L')).mean[0] + 0.5)
+      part = part.crop((box[0], box[1], box[0] + box[2], box[1] + box[3]))
+      part = part.point(blended(mean, factors[i]))
+    elif i == BRIGHTNESS:
+      part = part.point(blended(0, factors[i]))
+    else:
+      part = ImageEnhance.Color(part).enhance(factors[i])
+  return np.asarray(part)
+
+
+def blended(grey: int, factor: float) -> list[int]:
+  """Pillow's blend of one grey with each of the 256 values, three times over: a table is as good as the arithmetic, and faster."""
+  return 3 * list(Image.blend(Image.new('L', RAMP.size, grey), RAMP, factor).tobytes())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +190,9 @@ def image_transforms(data, train: bool, jitter: float = 0.0, on_device: bool = F
   size = data.image_size if isinstance(data.image_size, int) else tuple(data.image_size)
   if not train:
     return [CenterCrop(size, data.crop_pct)]
+  crop = RandomResizedCrop(size, tuple(data.crop_scale), tuple(data.crop_ratio), data.resize == 'pillow')
   return [
-    *([ColorJitter(jitter, on_device)] if jitter else []),
-    RandomResizedCrop(size, tuple(data.crop_scale), tuple(data.crop_ratio), data.resize == 'pillow'),
+    *([ColorJitter(jitter, on_device, crop)] if jitter else []),
+    crop,
     *([Flip()] if data.flip else []),
   ]
