@@ -191,12 +191,12 @@ def layers(config: Any) -> dict[str, Any]:
   return dict(config.get('layers', {}))
 
 
-def compiler_options(config: Any, runs_once: bool = False) -> dict[str, Any] | None:
+def compiler_options(config: Any, runs_once: bool = False, backend: str = '') -> dict[str, Any] | None:
   """What to ask of XLA, as jax.jit takes it: less work with `quick_compile`, and on CPUs on a program that `runs_once`.
 
-  The programs stay the same, with another rounding here and there.
+  The programs stay the same, with another rounding here and there. `backend` is this machine's unless given.
   """
-  backend, quick = jax.default_backend(), config.get('quick_compile', False)
+  backend, quick = backend or jax.default_backend(), config.get('quick_compile', False)
   if backend == 'cpu' and quick:
     return dict(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=False)
   if backend == 'cpu' and runs_once:

@@ -1,6 +1,8 @@
 """Studies: which runs a table needs, that they are made once, and what comes out."""
 
 import json
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from beitv2_jax.config import check
 from beitv2_jax.reports.page import Page
 from beitv2_jax.studies import plan, run, summary
 from beitv2_jax.studies.tables import TABLES, Row, Table
-from beitv2_jax.training import metrics
+from beitv2_jax.training import child, metrics
 from tests.conftest import main_env
 
 SCORES = ('probe', 'finetune')
@@ -98,7 +100,7 @@ def test_a_table_comes_out(study, monkeypatch):
   assert len(lines) == 4 and lines[2].startswith('| codes | ')
   page = (study.out / 'tiny' / 'table.html').read_text()
   assert page.count('class="intervals"') == 6 and 'over 1 seed.' in page
-  monkeypatch.setattr(run.subprocess, 'Popen', lambda *a, **k: pytest.fail('a row was trained again'))
+  monkeypatch.setattr(run.child, 'run', lambda *a, **k: pytest.fail('a row was trained again'))
   run.run(study, lambda line: pytest.fail('a row was made again'))
   assert run.cost(study) == ['nothing is left to do'] or '0 rows' in run.cost(study)[0]
 
@@ -169,6 +171,24 @@ def test_minutes_that_are_over(tmp_path):
   run.run(made, print)
   assert 5 < json.loads((folder / 'scores.json').read_text())['scores']['finetune'] < 100
   assert run.finished(workdir) and metrics.read(workdir)[-1]['step'] == 20
+
+
+@pytest.mark.parametrize('told', [signal.SIGTERM, signal.SIGINT])
+def test_a_child_does_not_outlive_us(told, tmp_path):
+  saved = tmp_path / 'saved'
+  code = f"""
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), open({str(saved)!r}, 'w').close(), sys.exit(0)))
+os.kill(os.getppid(), {int(told)})
+time.sleep(60)
+"""
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(KeyboardInterrupt):
+    child.run([sys.executable, '-c', code])
+  assert saved.exists() and signal.getsignal(signal.SIGTERM) == before
+  assert child.run([sys.executable, '-c', 'raise SystemExit(3)']) == 3
+  assert child.run([sys.executable, '-c', 'import time; time.sleep(60)'], timeout=0.1) is None
 
 
 def test_means_and_deviations():

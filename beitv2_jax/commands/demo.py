@@ -9,7 +9,6 @@ it runs. Without --data the images are scikit-learn's handwritten digits; of you
 """
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from beitv2_jax import config
 from beitv2_jax.commands import arguments
 from beitv2_jax.errors import UserError
+from beitv2_jax.training import child
 
 STEPS = dict(teacher=450, vqkd=600, pretrain=3000, pixels=600)
 
@@ -36,7 +36,7 @@ def train(args: argparse.Namespace, stage: str, folder: Path, steps: int | None 
   command = [sys.executable, '-m', 'beitv2_jax.main', f'--config=configs/demo.py:stage={stage}', f'--workdir={folder}']
   command += [f'--config.{k}={v}' for k, v in settings.items()]
   print('\n$ python ' + ' '.join(command[1:]), flush=True)
-  code = subprocess.run(command).returncode
+  code = child.run(command)
   if code:
     raise StageFailed(code if code > 0 else 128 - code)
 

@@ -145,7 +145,7 @@ def report(config: Any, topology: str, part: str = 'step', keep_hlo: str | Path 
   traced, mesh, state = trace(config, devices, part)
   found = operations.count(traced.jaxpr)
   with jax.set_mesh(mesh):
-    compiled = traced.lower().compile()
+    compiled = traced.lower().compile(compiler_options=config_lib.compiler_options(config, backend='tpu'))
   seconds, cpu_seconds = time.monotonic() - began, time.process_time() - spent
   program, text = read(compiled, topology, devices_a_chip)
   if keep_hlo:

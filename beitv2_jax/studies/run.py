@@ -8,8 +8,6 @@ import contextlib
 import fcntl
 import json
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -24,7 +22,7 @@ from beitv2_jax.errors import RunFailed, UserError
 from beitv2_jax.studies import summary
 from beitv2_jax.studies.plan import Study, fingerprint, stages_of
 from beitv2_jax.studies.tables import ENCODER, Row
-from beitv2_jax.training import events, metrics
+from beitv2_jax.training import child, events, metrics
 
 PROBES = ('probe', 'probe5', 'knn')
 
@@ -116,13 +114,9 @@ def train_alone(study: Study, stage: str, workdir: Path, changes: dict[str, Any]
   command = [sys.executable, '-m', 'beitv2_jax.main', f'--config={study.argument(stage)}', f'--workdir={workdir}']
   command += [f'--config.{k}={v}' for k, v in settings.items()]
   with (workdir.parent / f'{workdir.name}.log').open('a') as log:
-    process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-      code = process.wait(None if deadline == float('inf') else max(deadline - time.monotonic(), 0))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as e:
-      process.send_signal(signal.SIGTERM)  # it saves, and goes on from there
-      process.wait()
-      raise (OutOfTime if isinstance(e, subprocess.TimeoutExpired) else KeyboardInterrupt) from None
+    code = child.run(command, None if deadline == float('inf') else max(deadline - time.monotonic(), 0), stdout=log, stderr=log)
+  if code is None:
+    raise OutOfTime  # it has saved, and goes on from there
   if code:
     last = (workdir.parent / f'{workdir.name}.log').read_text().splitlines()[-1:]
     raise RunFailed(f'{workdir} ended with code {code}: {" ".join(last)} (log: {workdir}.log)')
