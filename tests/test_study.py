@@ -2,7 +2,9 @@
 
 import json
 import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from beitv2_jax.reports.page import Page
 from beitv2_jax.studies import plan, run, summary
 from beitv2_jax.studies.tables import TABLES, Row, Table
 from beitv2_jax.training import child, metrics
-from tests.conftest import main_env
+from tests.conftest import ROOT, main_env
 
 SCORES = ('probe', 'finetune')
 
@@ -175,18 +177,36 @@ def test_minutes_that_are_over(tmp_path):
 
 @pytest.mark.parametrize('told', [signal.SIGTERM, signal.SIGINT])
 def test_a_child_does_not_outlive_us(told, tmp_path):
-  saved = tmp_path / 'saved'
-  code = f"""
-import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), open({str(saved)!r}, 'w').close(), sys.exit(0)))
-os.kill(os.getppid(), {int(told)})
+  """In a process of its own: a signal that is not caught ends it, and not the tests."""
+  ready, saved = tmp_path / 'ready', tmp_path / 'saved'
+  childs = f"""
+import signal, sys, time
+def stop(*_):
+  time.sleep(0.3)
+  open({str(saved)!r}, 'w').close()
+  sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+open({str(ready)!r}, 'w').close()
 time.sleep(60)
 """
-  before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(KeyboardInterrupt):
-    child.run([sys.executable, '-c', code])
-  assert saved.exists() and signal.getsignal(signal.SIGTERM) == before
+  ours = f"""
+import signal, sys
+from beitv2_jax.training import child
+before = signal.getsignal(signal.SIGTERM)
+try:
+  child.run([sys.executable, '-c', {childs!r}])
+except KeyboardInterrupt:
+  sys.exit(77 if signal.getsignal(signal.SIGTERM) == before else 1)
+"""
+  process = subprocess.Popen([sys.executable, '-c', ours], cwd=ROOT)
+  while not ready.exists():
+    assert process.poll() is None
+    time.sleep(0.05)
+  process.send_signal(told)
+  assert process.wait(30) == 77 and saved.exists()
+
+
+def test_exit_codes_of_a_child():
   assert child.run([sys.executable, '-c', 'raise SystemExit(3)']) == 3
   assert child.run([sys.executable, '-c', 'import time; time.sleep(60)'], timeout=0.1) is None
 

@@ -14,7 +14,7 @@ def run(command: list[str], timeout: float | None = None, **streams: Any) -> int
   def stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
-  before = signal.signal(signal.SIGTERM, stop)
+  before = {which: signal.signal(which, stop) for which in (signal.SIGTERM, signal.SIGINT)}
   process = subprocess.Popen(command, **streams)
   try:
     return process.wait(timeout)
@@ -25,4 +25,5 @@ def run(command: list[str], timeout: float | None = None, **streams: Any) -> int
       raise
     return None
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for which, handler in before.items():
+      signal.signal(which, handler or signal.SIG_DFL)  # None: it was not Python's
