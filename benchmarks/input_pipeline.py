@@ -32,7 +32,7 @@ def ours(folder: str, workers: int, recipe: str = 'crop'):
   crop, mask = transforms.RandomResizedCrop(224), BlockMask((14, 14), 75)
   steps = dict(
     crop=[crop, transforms.Flip(), mask],
-    jitter=[transforms.ColorJitter(0.4, crop=crop), crop, transforms.Flip(), mask],
+    jitter=[transforms.ColorJitter(0.4, crop), crop, transforms.Flip(), mask],
     finetune=[crop, transforms.Flip(), RandAugment()],
   )
   return pipeline.train_batches(source, steps[recipe], seed=0, batch=BATCH, workers=workers)

@@ -4,6 +4,7 @@ import jax
 import pytest
 from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
+from beitv2_jax import config
 from beitv2_jax.costs import estimate, hlo, operations, schedules
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import flops
@@ -125,6 +126,14 @@ def test_operations_in_the_program_are_those_of_the_formula(recipe, part, change
   products, kernels = operations.count(traced.jaxpr)
   assert low < (products + kernels) / (16 * estimate.operations_per_image(c, part)) < high
   assert (kernels > 0.02 * products) == (changes.get('attention') == 'tpu')
+
+
+def test_quick_compile_asks_the_tpu_compiler_for_less():
+  c = beitv2_b16.get_config().unlock()
+  assert config.compiler_options(c, backend='tpu') is None
+  c.quick_compile = True
+  asked = config.compiler_options(c, backend='tpu')
+  assert asked and jax.jit(lambda x: x + 1, compiler_options=asked)(1) == 2  # every jax that we support must take it
 
 
 def test_errors():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from beitv2_jax.commands import arguments
 from beitv2_jax.errors import UserError
+from beitv2_jax.training import child
 
 
 @arguments.command
@@ -32,10 +33,7 @@ def main(argv: list[str] | None = None) -> None:
   if not args.out:
     raise UserError('give --out DIR: where the shards go, and what --config.data.dir will be.')
 
-  def stop(*_):
-    raise KeyboardInterrupt  # as for Ctrl-C, so that the worker processes end too
-
-  signal.signal(signal.SIGTERM, stop)
+  signal.signal(signal.SIGTERM, child.interrupt)  # so that the worker processes end too
   from beitv2_jax.data import prepare
 
   out = args.out.expanduser()

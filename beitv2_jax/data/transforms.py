@@ -121,22 +121,21 @@ RAMP = Image.frombytes('L', (256, 1), bytes(range(256)))
 class ColorJitter:
   """Brightness, contrast and saturation factors from U(1-s, 1+s), in random order (paper: 0.4, before the crop).
 
-  With `on_device` only the draw is made here, as `jitter` [3] and `jitter_order` [3]; data/augment.py applies it to the crop.
-  `crop` is the one that comes next: its box is drawn here already, and only what it keeps is worked on. The pixels are the same.
+  `crop` is the one that comes next: its box is drawn here already, and only what it keeps is worked on; the pixels are those of the whole
+  image. Without it only the draw is made here, as `jitter` [3] and `jitter_order` [3], and data/augment.py applies it to the crop on the device.
   """
 
   strength: float
-  on_device: bool = False
   crop: RandomResizedCrop | None = None
 
   def __call__(self, record: Record, rng: Rng) -> Record:
     order = rng.permutation(3)
     factors = rng.uniform(1 - self.strength, 1 + self.strength, 3)
-    if self.on_device:
+    if self.crop is None:
       return record | dict(jitter=factors.astype(np.float32), jitter_order=order.astype(np.int32))
     image = record['image']
-    box = self.crop.box(image, rng) if self.crop else (0, 0, image.shape[1], image.shape[0])
-    return record | dict(image=jittered(image, factors, order, box)) | (dict(box=(0, 0, *box[2:])) if self.crop else {})
+    box = self.crop.box(image, rng)
+    return record | dict(image=jittered(image, factors, order, box), box=(0, 0, *box[2:]))
 
 
 def jittered(image: np.ndarray, factors: np.ndarray, order: np.ndarray, box: Box) -> np.ndarray:
@@ -192,7 +191,7 @@ def image_transforms(data, train: bool, jitter: float = 0.0, on_device: bool = F
     return [CenterCrop(size, data.crop_pct)]
   crop = RandomResizedCrop(size, tuple(data.crop_scale), tuple(data.crop_ratio), data.resize == 'pillow')
   return [
-    *([ColorJitter(jitter, on_device, crop)] if jitter else []),
+    *([ColorJitter(jitter, None if on_device else crop)] if jitter else []),
     crop,
     *([Flip()] if data.flip else []),
   ]
