@@ -124,6 +124,23 @@ def test_rows_of_other_code_or_settings_are_not_mixed(study, monkeypatch):
       run.train(study, stage, workdir, changes)
 
 
+def test_a_row_waits_for_a_stage_that_another_process_is_at(study, tmp_path, monkeypatch):
+  """And others go first."""
+  waiting, trained, said = plan.Study('tiny', study.table, tmp_path, 1), [], []
+  other = run.held(tmp_path / 'teacher')
+  assert other.__enter__()
+
+  def score(study, row, seed, workdirs, images):
+    if not workdirs:  # no pretraining: the other process is done with the teacher meanwhile
+      other.__exit__(None, None, None)
+    return dict(probe=1.0, probe5=1.0, knn=1.0)
+
+  monkeypatch.setattr(run, 'train_alone', lambda study, stage, *rest: trained.append(stage))
+  monkeypatch.setattr(run, 'score', score)
+  run.run(waiting, said.append)
+  assert [line.partition(',')[0] for line in said] == ['2/2  no pretraining', '1/2  codes'] and trained == ['teacher', 'vqkd', 'pretrain']
+
+
 def test_processes_share_a_study(study, tmp_path, monkeypatch):
   """A row that another process is at is left to it, and waited for at the end."""
   waiting, order = plan.Study('tiny', study.table, tmp_path, 1), []
@@ -131,7 +148,7 @@ def test_processes_share_a_study(study, tmp_path, monkeypatch):
   other = run.held(first)
   assert other.__enter__()
 
-  def cell(study, row, seed, folder, images, deadline):
+  def cell(study, row, seed, folder, *rest):
     order.append(folder)
     if folder == second:
       other.__exit__(None, None, None)  # the other process ends, and has not made its row

@@ -31,6 +31,10 @@ class OutOfTime(Exception):
   """The minutes that a study may take are over; what is done stays."""
 
 
+class Elsewhere(Exception):
+  """Another process is at it."""
+
+
 def left(study: Study) -> list[tuple[Row, int, Path]]:
   """The cells without all their scores. Raises UserError if those that have some were made by other code or settings."""
   return [(row, seed, folder) for row, seed, folder in study.cells() if not scores_of(study, folder)]
@@ -91,12 +95,14 @@ def finished(workdir: Path) -> bool:
   return any(e['event'] == 'finished' for e in events.read(workdir))
 
 
-def train(study: Study, stage: str, workdir: Path, changes: dict[str, Any], deadline: float = float('inf')) -> None:
-  """One stage in a process of its own, unless it is finished; where another study is at it, waits for that.
+def train(study: Study, stage: str, workdir: Path, changes: dict[str, Any], deadline: float = float('inf'), wait: bool = True) -> None:
+  """One stage in a process of its own, unless it is finished; where another study is at it, waits for that, or raises Elsewhere.
 
   Raises UserError if other code or settings made what is there, RunFailed, and OutOfTime where it is stopped at the deadline.
   """
-  with held(workdir, deadline):
+  with held(workdir, deadline if wait else None) as mine:
+    if not mine:
+      raise Elsewhere
     train_alone(study, stage, workdir, changes, deadline)
 
 
@@ -150,12 +156,14 @@ def score(study: Study, row: Row, seed: int, workdirs: dict[str, Path], images: 
   return {key: float(found[key]) for key, _, _ in summary.FIGURES if key in found}
 
 
-def cell(study: Study, row: Row, seed: int, folder: Path, images: dict, deadline: float = float('inf')) -> dict[str, float]:
-  """Trains what a row needs, scores it, and keeps the scores."""
+def cell(
+  study: Study, row: Row, seed: int, folder: Path, images: dict, deadline: float = float('inf'), wait: bool = True
+) -> dict[str, float]:
+  """Trains what a row needs, scores it, and keeps the scores. Raises what `train` does."""
   began, stages = time.monotonic(), list(stages_of(study, row, seed))
   workdirs: dict[str, Path] = {}
   for stage, workdir, changes in stages:
-    train(study, stage, workdir, changes, deadline)
+    train(study, stage, workdir, changes, deadline, wait)
     workdirs[stage] = workdir  # a row's own come after those that made its teacher
   own = {stage for stage, workdir in workdirs.items() if workdir.parent == folder or stage == 'vqkd' and row.tokenizer is not None}
   scores = score(study, row, seed, {stage: workdirs[stage] for stage in own}, images)
@@ -169,34 +177,35 @@ def cell(study: Study, row: Row, seed: int, folder: Path, images: dict, deadline
 
 
 def run(study: Study, say: Callable[[str], None], minutes: float = 0) -> None:
-  """Every cell that is left, and the table after each; first those that no other process is at, then the others, should they be left over.
+  """Every cell that is left, and the table after each; first those that need nothing that another process is at, then the others.
 
   Raises UserError, RunFailed, and OutOfTime after `minutes`, if any.
   """
   missing, images, elsewhere = left(study), {}, []
   deadline = time.monotonic() + 60 * minutes if minutes else float('inf')
 
-  def make(number: int, row: Row, seed: int, folder: Path, wait: bool) -> bool:
-    """Whether the cell is made, or was by another process meanwhile."""
+  def make(number: int, row: Row, seed: int, folder: Path, wait: bool) -> None:
+    """Makes the cell, unless another process has meanwhile. Raises Elsewhere if one is at it, or at what it needs."""
     with held(folder, deadline if wait else None) as mine:
       if not mine:
-        return False
+        raise Elsewhere
       if scores := scores_of(study, folder):
         made = 'made by another process'
       else:
         began = time.monotonic()
-        scores = cell(study, row, seed, folder, images, deadline)
+        scores = cell(study, row, seed, folder, images, deadline, wait)
         made = f'{time.monotonic() - began:.0f} s'
       told = '  '.join(f'{title} {scores[key]:.{digits}f}' for key, title, digits in summary.FIGURES if key in scores)
       say(f'{number}/{len(missing)}  {row.name}, seed {seed}, {made}: {told}')
       summarize(study)
-    return True
 
-  for numbered in enumerate(missing, 1):
-    if not make(numbered[0], *numbered[1], wait=False):
-      elsewhere.append(numbered)
-  for number, (row, seed, folder) in elsewhere:
-    make(number, row, seed, folder, wait=True)
+  for number, (row, seed, folder) in enumerate(missing, 1):
+    try:
+      make(number, row, seed, folder, wait=False)
+    except Elsewhere:
+      elsewhere.append((number, row, seed, folder))
+  for left_over in elsewhere:
+    make(*left_over, wait=True)
   summarize(study)
 
 
