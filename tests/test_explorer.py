@@ -231,6 +231,7 @@ def test_a_source_of_one_image_without_labels(stages, tmp_path):
   assert explore(stages, tmp_path / 'site', '--limit', 1, source=f'list:{listing}') == 0
   summary = files.read_summary(tmp_path / 'site')
   assert summary['surveyed'] == 1 and summary['classes'] is None and summary['labels'] is None and 'purity' not in summary['books'][0]
+  assert set(summary['books'][0]['few'].values()) == {1}  # patches in a card
 
 
 def test_images_that_do_not_decode_are_left_out(stages, tmp_path):

@@ -95,6 +95,16 @@ def shown(page):
   ]
 
 
+def test_a_card_has_a_picture_for_each_image_with_its_code(page, survey):
+  """At most four, and what the pixel decoder draws; no empty places for rare codes."""
+  p = page.open()
+  p.wait_for_selector('.card')
+  p.select_option('label:has-text("order") select', 'rare')
+  pictures = p.locator('main .card').evaluate_all('x => x.map((y) => y.querySelectorAll(".sheet").length)')
+  images = [int((survey.codes == code).any((1, 2)).sum()) for code in shown(p)]
+  assert pictures == [min(n, 4) + 1 for n in images] and 1 in images
+
+
 def test_codes_are_sorted_filtered_and_found(page, survey):
   p, counts = page.open(), np.bincount(survey.codes.reshape(-1), minlength=400)
   used = int((counts > 0).sum())

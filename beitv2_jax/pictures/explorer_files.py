@@ -209,10 +209,11 @@ def write_book(out: Path, key: str, book: Book, places: np.ndarray, crops: Crops
     write_sheets(out / key, block, codes, crops.pixels[begin : begin + BLOCK], book)
     write(out / key / 'codes' / f'{block:03d}.js', f'{key}/codes/{block}', {int(c): describe(int(c), details) for c in codes})
   share = counts / counts.sum()
+  found = (places[:, :CARD_CELLS, 0] >= 0).sum(1)  # typical patches of a code that a card shows
   summary = dict(
     key=key, name=book.name, size=survey.size, used=len(order), patches=int(counts.sum()), order=order.tolist(), counts=counts.tolist(),
     perplexity=float(2 ** surveys.entropy(share)), spread=rounded(surveys.spread(where)), faces=book.faces is not None,
-    map=rounded(project(book.embedding[order])),
+    map=rounded(project(book.embedding[order])), few={int(code): int(found[code]) for code in order if found[code] < CARD_CELLS},
   )  # fmt: skip
   if classes is not None:
     purity = surveys.purity(classes)

@@ -143,7 +143,8 @@ const CARD_HEIGHT = () => site.cells.card + 12 + 36;
 function strip(book, code) {
   const { card, card_count: count, card_window: wide } = site.cells, all = count + book.faces;
   if (book.rank[code] < 0) return element('div', { class: 'strip soft' }, 'does not occur');
-  return element('div', { class: 'strip' }, [...Array(all).keys()].map((i) => cell(book, 'cards', code, i, all, card, i < count ? wide : 0)));
+  const shown = [...Array(all).keys()].filter((i) => i < (book.few[code] ?? count) || i >= count);
+  return element('div', { class: 'strip' }, shown.map((i) => cell(book, 'cards', code, i, all, card, i < count ? wide : 0)));
 }
 function card(book, code, more) {
   const dominant = book.dominant && book.counts[code] ? className(book.dominant[code]) : '';
