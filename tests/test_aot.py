@@ -136,6 +136,12 @@ def test_quick_compile_asks_the_tpu_compiler_for_less():
   assert asked and jax.jit(lambda x: x + 1, compiler_options=asked)(1) == 2  # every jax that we support must take it
 
 
+def test_flags_of_the_user_do_not_take_the_schedules_away():
+  flags = estimate.with_schedules('--xla_tpu_scoped_vmem_limit_kib=20480')
+  assert flags.startswith('--xla_tpu_scoped_vmem_limit_kib=20480 --xla_jf_dump_to=') and estimate.with_schedules(flags) == flags
+  assert flags.endswith(estimate.with_schedules(''))
+
+
 def test_errors():
   with pytest.raises(UserError, match='use one of v4, v5e, v5p, v6e, tpu7x'):
     estimate.report(beitv2_b16.get_config(), 'v7:2x2')

@@ -63,9 +63,7 @@ def topology_devices(name: str) -> list:
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # there is no metadata server to ask
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # several may compile at once: none holds a chip
-  # The compiler writes down its schedule of every operation, which is all that is to be had for our own kernels.
-  dump = f'--xla_jf_dump_to={_SCHEDULES.name} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles'
-  os.environ.setdefault('LIBTPU_INIT_ARGS', dump)
+  os.environ['LIBTPU_INIT_ARGS'] = with_schedules(os.environ.get('LIBTPU_INIT_ARGS', ''))
   try:
     from jax.experimental import topologies
 
@@ -75,6 +73,12 @@ def topology_devices(name: str) -> list:
   except Exception as e:  # whatever libtpu raises
     first = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
     raise UserError(f"the TPU compiler does not give {name} ({first}). It needs libtpu: pip install -e '.[aot]'.") from e
+
+
+def with_schedules(flags: str) -> str:
+  """The TPU compiler's `flags`, and those that have it write down its schedule of every operation: all that is to be had for our kernels."""
+  dump = f'--xla_jf_dump_to={_SCHEDULES.name} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles'
+  return flags if dump in flags else f'{flags} {dump}'.strip()
 
 
 def abstract_batch(config: Any, mesh: Any, part: str) -> dict[str, jax.ShapeDtypeStruct]:
