@@ -51,7 +51,7 @@ lint: $(VENV)/ready
 # The lock makes the environment the one that was tested; LOCK= takes the newest of the ranges instead.
 LOCK ?= -c requirements.lock
 $(VENV)/ready: requirements.txt requirements.lock setup.cfg
-	@echo "making the environment in $(VENV) (about 1.5 GB, two minutes)"
+	@echo "making the environment in $(VENV) (about 1.5 GB, one to four minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; set PYTHON=python3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(LOCK) -e '.[test]'
