@@ -5,7 +5,7 @@
 
 The PyTorch side is what somebody would write today: a DataLoader with as many workers as cores, Pillow and torchvision's transforms, timm's BEiT v2 (and a
 tokenizer of timm's blocks), under inference_mode, eager and compiled. Sides take turns, each in a process of its own; compilation is not counted.
-Needs the extra [parity].
+Needs the extras [test,parity].
 """
 
 import argparse
@@ -55,6 +55,7 @@ def theirs(files: list[Path], batch: int, compiled: bool) -> dict[str, float]:
   from torchvision import transforms
 
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  torch.backends.cuda.matmul.allow_tf32 = True  # as XLA's default has it
   prepare = transforms.Compose(
     [transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224), transforms.ToTensor()]
   )

@@ -6,7 +6,7 @@
 
 The PyTorch side is made of timm's BEiT blocks (fused attention with the position bias as its mask), transformers' CLIP and torch's
 fused AdamW, eager and compiled: what somebody would write today. Both sides make the images' codes or teacher features inside the step
-and update all parameters; weights are random, images are made once. Needs the extra [parity]. Every side runs in a process of its
+and update all parameters; weights are random, images are made once. Needs the extras [test,parity]. Every side runs in a process of its
 own; `--rounds` times in turn. The figure is the median group of each round; ratios are between the best medians.
 """
 
@@ -47,7 +47,9 @@ def ours(args) -> tuple[list[float], int]:
   import numpy as np
   from beitv2_jax.configs import beitv2_b16, beitv2_l16, finetune_b16, vqkd_b16
 
+  from beitv2_jax import config as config_lib
   from beitv2_jax import tasks
+  from beitv2_jax.kernels import attention, chip, functions
   from beitv2_jax.models import flops
   from beitv2_jax.training import optim, sharding
   from beitv2_jax.training.process import use_compilation_cache
@@ -63,6 +65,9 @@ def ours(args) -> tuple[list[float], int]:
   if args.model[0] == 'finetune-base':
     c.model.classes = 1000
   c.batch_size, c.layers.attention = args.batch, args.attention
+  attention.check(config_lib.head_dims(c))  # as training does: a kernel that fails here is left alone
+  functions.check()
+  print(f'kernels left alone: {chip.refused}', file=sys.stderr)
   rng = np.random.default_rng(0)
   task, frozen = tasks.make(c, abstract=True)
   frozen = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), frozen)
@@ -273,7 +278,7 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=2)
   parser.add_argument('--sides', nargs='+', choices=SIDES, default=SIDES)
   parser.add_argument(
-    '--together', action='store_true', help='all sides compile at once (and share the memory); timed one by one all the same'
+    '--together', action='store_true', help='all sides of a model compile at once (and share the memory); timed one by one all the same'
   )
   parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
   args, more = parser.parse_args(), []
@@ -289,7 +294,7 @@ def main() -> None:
   best: dict[tuple[str, str], float] = {}
   pairs = [(model, side) for model in args.model for side in args.sides]
   for _ in range(args.rounds):
-    for group in [pairs] if args.together else [[pair] for pair in pairs]:
+    for group in [[pair for pair in pairs if pair[0] == model] for model in args.model] if args.together else [[pair] for pair in pairs]:
       running = {pair: start(*pair, more) for pair in group}
       for (model, side), process in running.items():
         if 'ready' not in iter(lambda p=process: p.stdout.readline().strip() if p.poll() is None else 'ended', 'ended'):

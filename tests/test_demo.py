@@ -70,11 +70,13 @@ def test_gallery_rows_hold_patches_of_their_code():
 
 def test_a_demo_of_other_images_is_not_taken_for_this_one(tmp_path, capsys):
   (tmp_path / 'vqkd').mkdir()
-  config.save(recipes.from_arguments(['--config=configs/demo.py:stage=vqkd']), tmp_path / 'vqkd')
+  config.save(recipes.from_arguments(['--config=configs/demo.py:stage=vqkd', '--config.steps=600']), tmp_path / 'vqkd')
   (tmp_path / 'photos' / 'cat').mkdir(parents=True)
   Image.new('RGB', (40, 40)).save(tmp_path / 'photos' / 'cat' / '0.png')
   Image.new('RGB', (40, 40)).save(tmp_path / 'photos' / 'cat' / '1.png')
   assert commands.run('demo', ['--data', f'folder:{tmp_path}/photos', '--out', str(tmp_path)]) == 2
   assert f'{tmp_path}/vqkd was made from digits, not folder:{tmp_path}/photos; give another folder with --out' in capsys.readouterr().err
+  assert commands.run('demo', ['--steps', '0.1', '--out', str(tmp_path)]) == 2
+  assert f'{tmp_path}/vqkd has 600 steps, not 60; give the same --steps, or another folder with --out' in capsys.readouterr().err
   assert commands.run('demo', ['--steps', '20', '--out', str(tmp_path)]) == 2
   assert 'a share of the usual steps, such as 0.1' in capsys.readouterr().err

@@ -12,12 +12,13 @@ import pytest
 from beitv2_jax import commands
 from beitv2_jax.config import check
 from beitv2_jax.reports.page import Page
-from beitv2_jax.studies import plan, run, summary
+from beitv2_jax.studies import plan, run, score, summary
 from beitv2_jax.studies.tables import TABLES, Row, Table
 from beitv2_jax.training import child, metrics
 from tests.conftest import ROOT, main_env
 
 SCORES = ('probe', 'finetune')
+TINY = Table('Does it work?', (Row('codes'), Row('no pretraining', None, None)))
 
 
 @pytest.mark.parametrize('name', TABLES)
@@ -80,9 +81,8 @@ def test_rows_share_what_is_the_same(tmp_path):
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
-  table = Table('Does it work?', (Row('codes'), Row('no pretraining', None, None)))
   settings = {'steps': 2, 'quick_compile': True, 'pretrain:steps': 3}
-  made = plan.Study('tiny', table, tmp_path_factory.mktemp('study'), 1, settings=settings)
+  made = plan.Study('tiny', TINY, tmp_path_factory.mktemp('study'), 1, settings=settings)
   said = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('XLA_FLAGS', main_env()['XLA_FLAGS'])  # one device: half the time
@@ -114,7 +114,7 @@ def test_rows_of_other_code_or_settings_are_not_mixed(study, monkeypatch):
     run.left(replace(study, settings={'steps': 3}))
   later = replace(study, settings={**study.settings, 'segment:data.source': 'fake-scenes:4'})
   assert not run.left(later) and len(run.left(replace(later, scores=('probe', 'segment')))) == 2  # asked for later: nothing is unmade
-  monkeypatch.setattr(run, 'fingerprint', lambda: 'another')
+  monkeypatch.setattr(run, 'fingerprint', lambda recipe: 'another')
   with pytest.raises(run.UserError, match='was made by other code'):
     run.left(study)
   # Nor are the stages that rows share.
@@ -124,35 +124,102 @@ def test_rows_of_other_code_or_settings_are_not_mixed(study, monkeypatch):
       run.train(study, stage, workdir, changes)
 
 
-def test_a_row_waits_for_a_stage_that_another_process_is_at(study, tmp_path, monkeypatch):
+def test_a_row_waits_for_a_stage_that_another_process_is_at(tmp_path, monkeypatch):
   """And others go first."""
-  waiting, trained, said = plan.Study('tiny', study.table, tmp_path, 1), [], []
+  waiting, trained, said = plan.Study('tiny', TINY, tmp_path, 1), [], []
   other = run.held(tmp_path / 'teacher')
-  assert other.__enter__()
+  other.__enter__()
 
-  def score(study, row, seed, workdirs, images):
-    if not workdirs:  # no pretraining: the other process is done with the teacher meanwhile
-      other.__exit__(None, None, None)
+  def ask(study, row, seed, workdirs, folder):
+    folder.mkdir(parents=True, exist_ok=True)
     return dict(probe=1.0, probe5=1.0, knn=1.0)
 
-  monkeypatch.setattr(run, 'train_alone', lambda study, stage, *rest: trained.append(stage))
-  monkeypatch.setattr(run, 'score', score)
+  def pause(seconds):  # nothing else is left: the other process is done with the teacher
+    assert seconds > 1 and len(said) == 1
+    other.__exit__(None, None, None)
+
+  monkeypatch.setattr(run.child, 'run', lambda command, *more, **streams: trained.append(command[3]) or 0)
+  monkeypatch.setattr(run.time, 'sleep', pause)
+  monkeypatch.setattr(run.score, 'ask', ask)
   run.run(waiting, said.append)
-  assert [line.partition(',')[0] for line in said] == ['2/2  no pretraining', '1/2  codes'] and trained == ['teacher', 'vqkd', 'pretrain']
+  assert [line.partition(',')[0] for line in said] == ['2/2  no pretraining', '1/2  codes']
+  assert [stage.partition('stage=')[2] for stage in trained] == ['teacher', 'vqkd', 'pretrain']
 
 
-def test_processes_share_a_study(study, tmp_path, monkeypatch):
+def test_what_a_row_was_made_by(tmp_path):
+  """The recipe with its arguments; the settings of the stages behind its scores, a teacher's included, and no others."""
+  recipe = tmp_path / 'mine.py'
+  recipe.write_text((plan.recipes.shipped() / 'transfer.py').read_text())
+  rows = {row.name: row for row in TABLES['teachers'].rows}
+  table = Table('?', (rows['codes from a classifier'], rows['no pretraining']))
+
+  def study(scores=('probe',), recipe=str(recipe), **settings):
+    return plan.Study('t', table, tmp_path, 1, recipe, {k.replace('__', ':'): v for k, v in settings.items()}, scores)
+
+  def kept(study):
+    return [cell[0].name for cell in study.cells() if run.made(study, *cell)['scores']]
+
+  before = study(('probe', 'segment'), finetune__steps=5, segment__steps=5)
+  for _, _, folder in before.cells():
+    folder.mkdir(parents=True)
+    scores = dict.fromkeys(('probe', 'probe5', 'knn', 'miou'), 1.0)
+    made = dict(code=plan.fingerprint(str(recipe)), settings=run.written(before.settings), seconds=1, scores=scores)
+    (folder / 'scores.json').write_text(json.dumps(made))
+  assert len(kept(before)) == 2
+  assert len(kept(study(finetune__steps=5))) == 2  # a score that is not asked for now is no obstacle
+  with pytest.raises(run.UserError, match='codes_from_a_classifier-0 was made by other settings'):
+    kept(study(finetune__steps=6))  # which made its teacher
+  with pytest.raises(run.UserError, match='other code or another recipe'):
+    kept(study(recipe=f'{recipe}:size=small', finetune__steps=5))
+  recipe.write_text(recipe.read_text() + '# changed\n')
+  with pytest.raises(run.UserError, match='other code or another recipe'):
+    kept(study(finetune__steps=5))
+
+
+def test_scores_asked_for_later_stand_beside_the_others(study, monkeypatch):
+  later, asked = plan.dataclasses.replace(study, scores=('probe', 'finetune')), []
+  monkeypatch.setattr(run, 'train', lambda *a: None)
+  monkeypatch.setattr(run.score, 'ask', lambda missing, *a: asked.append(missing.scores) or dict(finetune=50.0))
+  row, seed, folder = next(c for c in later.cells() if c[0].name == 'no pretraining')
+  kept = (folder / 'scores.json').read_text()
+  try:
+    assert run.cell(later, row, seed, folder) == json.loads(kept)['scores'] | dict(finetune=50.0) and asked == [('finetune',)]
+  finally:
+    (folder / 'scores.json').write_text(kept)
+
+
+def test_fewer_images_take_as_many_steps(tmp_path):
+  study = plan.Study('data', TABLES['data'], tmp_path, 1, 'configs/transfer.py:size=small', {'data.source': 'digits'})
+  steps = {
+    row.name: [changes.get('steps') for stage, _, changes in plan.stages_of(study, row, 0) if stage != 'teacher'] for row in study.rows
+  }
+  assert steps['100 images'] == steps['1,000 images'] == [200, 200]  # 100 epochs of 1,297 images in batches of 512
+
+
+def test_the_control_is_scored_as_the_others_are(study, monkeypatch):
+  """In fp32, whatever the recipe trains in."""
+  seen = []
+  monkeypatch.setattr(
+    score.features, 'last_block_means', lambda model, images: seen.append(model.config.dtype) or np.zeros((len(images), 2))
+  )
+  monkeypatch.setattr(score.probes, 'scores', lambda *a: {})
+  bf16 = plan.dataclasses.replace(study, settings=study.settings | {'dtype': 'bfloat16'})
+  score.score(bf16, Row('no pretraining', None, None), 0, {})
+  assert seen == ['float32', 'float32']
+
+
+def test_processes_share_a_study(tmp_path, monkeypatch):
   """A row that another process is at is left to it, and waited for at the end."""
-  waiting, order = plan.Study('tiny', study.table, tmp_path, 1), []
+  waiting, order = plan.Study('tiny', TINY, tmp_path, 1), []
   (_, _, first), (_, _, second) = waiting.cells()
   other = run.held(first)
-  assert other.__enter__()
+  other.__enter__()
 
   def cell(study, row, seed, folder, *rest):
     order.append(folder)
     if folder == second:
       other.__exit__(None, None, None)  # the other process ends, and has not made its row
-    made = dict(code=run.fingerprint(), settings={}, seconds=1, scores=dict(probe=1.0, probe5=1.0, knn=1.0))
+    made = dict(code=run.fingerprint(study.recipe), settings={}, seconds=1, scores=dict(probe=1.0, probe5=1.0, knn=1.0))
     folder.mkdir()
     (folder / 'scores.json').write_text(json.dumps(made))
     return made['scores']
@@ -160,10 +227,8 @@ def test_processes_share_a_study(study, tmp_path, monkeypatch):
   monkeypatch.setattr(run, 'cell', cell)
   run.run(waiting, print)
   assert order == [second, first]
-  with run.held(tmp_path / 'stage') as mine, run.held(tmp_path / 'stage') as again:
-    assert mine and not again
-    with pytest.raises(run.OutOfTime), run.held(tmp_path / 'stage', deadline=0):
-      pass
+  with run.held(tmp_path / 'stage'), pytest.raises(run.Elsewhere), run.held(tmp_path / 'stage'):
+    pass
   with run.held(first), pytest.raises(run.UserError, match='another process is making .*: stop it before --redo'):
     run.forget(waiting)
   assert first.is_dir()
@@ -182,7 +247,7 @@ def test_minutes_that_are_over(tmp_path):
   )
   row, seed, folder = next(made.cells())
   with pytest.raises(run.OutOfTime):
-    run.cell(made, row, seed, folder, {}, deadline=0)
+    run.cell(made, row, seed, folder, deadline=0)
   (stage, workdir, changes), *_ = plan.stages_of(made, row, seed)
   with pytest.raises(run.OutOfTime):
     run.train(made, stage, workdir, changes, deadline=run.time.monotonic() + 4)
@@ -242,6 +307,14 @@ def test_means_and_deviations():
     (['nothing'], "no table 'nothing'; there are quantizers"),
     (['targets', '--set', 'steps'], '--set steps: give KEY=VALUE'),
     (['targets', '--only', 'cods'], "--only 'cods': no such row in targets; there are codes of the recipe"),
+    (['targets', '--set', 'pretraining:optim.lr=1'], '--set pretraining:optim.lr: no stage pretraining; there are teacher, vqkd'),
+    (['targets', '--set', 'pretrain:optim.rate=1'], 'unknown config key in --config.optim.rate=1'),
+    (['targets', '--scenes', 'scenes:/nowhere'], 'configs/demo.py as stage=segment: '),
+    (
+      ['targets', '--config', 'configs/transfer.py', '--data', 'digits', '--scenes', 'scenes:/nowhere'],
+      'segment: no train images with masks under /nowhere',
+    ),
+    (['targets', '--redo', '--dry-run'], '--redo removes what is there, and --dry-run does nothing'),
   ],
 )
 def test_bad_input(arguments, message, tmp_path, capsys):

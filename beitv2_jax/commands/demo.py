@@ -19,6 +19,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.training import child
 
 STEPS = dict(teacher=450, vqkd=600, pretrain=3000, pixels=600)
+FOLDERS = dict(teacher='teacher', vqkd='vqkd', pretrained='pretrain', pixels='pixels', random_vqkd='vqkd', random_pretrained='pretrain')
 
 
 class StageFailed(Exception):
@@ -28,11 +29,16 @@ class StageFailed(Exception):
     self.code = code
 
 
+def planned(args: argparse.Namespace, stage: str) -> int:
+  return max(1, round(STEPS[stage] * args.steps))
+
+
 def train(args: argparse.Namespace, stage: str, folder: Path, steps: int | None = None, **settings) -> None:
   """Runs one stage in a process of its own. Raises StageFailed."""
-  steps = max(1, round(STEPS[stage] * args.steps)) if steps is None else steps
+  steps = planned(args, stage) if steps is None else steps
   caption = {'caption': 'a photo of a {}.'} if stage == 'teacher' and args.data != 'digits' else {}
-  settings = {'data.source': args.data, 'steps': steps} | caption | {k.replace('__', '.'): v for k, v in settings.items()}
+  where = {'data.dir': args.data_dir} if args.data_dir else {}
+  settings = {'data.source': args.data, 'steps': steps} | where | caption | {k.replace('__', '.'): v for k, v in settings.items()}
   command = [sys.executable, '-m', 'beitv2_jax.main', f'--config=configs/demo.py:stage={stage}', f'--workdir={folder}']
   command += [f'--config.{k}={v}' for k, v in settings.items()]
   print('\n$ python ' + ' '.join(command[1:]), flush=True)
@@ -48,12 +54,17 @@ def chain(args: argparse.Namespace, prefix: str = '', teacher_steps: int | None 
   train(args, 'pretrain', folder('pretrained'), tokenizer_from=folder('vqkd'))
 
 
-def check_folder(out: Path, data: str) -> None:
-  """Raises UserError if the stages in `out` were made from other images: they would be taken as they are."""
-  for path in sorted(out.glob('*/config.json')):
-    made = config.load(path.parent).data.source
-    if made != data:
-      raise UserError(f'{path.parent} was made from {made}, not {data}; give another folder with --out.')
+def check_folder(args: argparse.Namespace) -> None:
+  """Raises UserError if the stages in `out` were made from other images, or in other lengths: one would not belong to the next."""
+  for path in sorted(args.out.glob('*/config.json')):
+    made = config.load(path.parent)
+    if made.data.source != args.data:
+      raise UserError(f'{path.parent} was made from {made.data.source}, not {args.data}; give another folder with --out.')
+    stage = FOLDERS.get(path.parent.name)
+    if stage and made.steps != planned(args, stage):
+      raise UserError(
+        f'{path.parent} has {made.steps} steps, not {planned(args, stage)}; give the same --steps, or another folder with --out.'
+      )
 
 
 @arguments.command
@@ -76,8 +87,8 @@ def main(argv: list[str] | None = None) -> int:
   from beitv2_jax.data import sources
   from beitv2_jax.training import process
 
-  sources.make(args.data, 'train')  # a wrong path shows here, not after a stage
-  check_folder(args.out, args.data)
+  sources.make(args.data, 'train', args.data_dir)  # a wrong path shows here, not after a stage
+  check_folder(args)
   try:
     chain(args)
     train(args, 'pixels', args.out / 'pixels', tokenizer_from=args.out / 'vqkd')

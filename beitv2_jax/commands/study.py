@@ -12,7 +12,6 @@ configs/transfer.py is one for photographs, and configs/transfer.py:size=small f
 quantizers, targets, teachers, masking, aggregation, sizes, data, codebook.
 """
 
-import dataclasses
 from pathlib import Path
 
 from beitv2_jax.commands import arguments
@@ -47,24 +46,20 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--redo', action='store_true', help='make rows again that other code or settings made')
   args = parser.parse_args(argv)
   from beitv2_jax.studies import plan, run, summary, tables
-  from beitv2_jax.training import process
 
   if args.table not in tables.TABLES:
     raise UserError(f'no table {args.table!r}; there are {", ".join(tables.TABLES)}.')
   table = tables.TABLES[args.table]
-  table = dataclasses.replace(table, rows=tuple(row for row in table.rows if args.only in row.name))
-  if not table.rows:
-    raise UserError(
-      f'--only {args.only!r}: no such row in {args.table}; there are {", ".join(r.name for r in tables.TABLES[args.table].rows)}.'
-    )
+  if not any(args.only in row.name for row in table.rows):
+    raise UserError(f'--only {args.only!r}: no such row in {args.table}; there are {", ".join(row.name for row in table.rows)}.')
+  if args.redo and args.dry_run:
+    raise UserError('--redo removes what is there, and --dry-run does nothing: give one of them.')
   settings = arguments.settings(args.set)
-  if args.data:
-    settings |= {'data.source': args.data} | ({'data.dir': args.data_dir} if args.data_dir else {})
+  settings |= {key: value for key, value in (('data.source', args.data), ('data.dir', args.data_dir)) if value}
   if args.scenes:
     settings['segment:data.source'] = args.scenes
   scores = ('probe', *['finetune'] * args.finetune, *['segment'] * bool(args.scenes))
-  process.use_compilation_cache()
-  study = plan.Study(args.table, table, args.out.expanduser(), args.seeds, args.config, settings, scores)
+  study = plan.Study(args.table, table, args.out.expanduser().absolute(), args.seeds, args.config, settings, scores, args.only)
   print(study.table.question)
   if args.redo:
     run.forget(study)
@@ -74,6 +69,6 @@ def main(argv: list[str] | None = None) -> None:
   try:
     run.run(study, lambda line: print(line, flush=True), args.minutes)
   except run.OutOfTime:
-    print(f'stopped after {args.minutes:g} minutes, at the next save; the same command goes on')
+    print(f'stopped after {args.minutes:g} minutes, at the next save; the same command{" without --redo" * args.redo} goes on')
     return
   print('\n' + summary.markdown(study) + f'\n{study.out / study.name}/table.html')

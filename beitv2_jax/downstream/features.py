@@ -104,7 +104,7 @@ def images_of(config, split: str) -> tuple[np.ndarray, np.ndarray]:
   """All images of a split, resized and centre-cropped: uint8 [n, h, w, 3], labels [n]."""
   source = sources.make(config.data.source, split, config.data.dir, config.data.holdout)
   steps = transforms.image_transforms(config.data, train=False)
-  batches = list(pipeline.eval_batches(source, steps, seed=0, batch=64))
+  batches = list(pipeline.eval_batches(source, steps, seed=0, batch=64, reading=config_lib.reading(config)))
   valid = np.concatenate([b['valid'] for b in batches])
   return tuple(np.concatenate([b[k] for b in batches])[valid] for k in ('image', 'label'))
 

@@ -62,7 +62,7 @@ def fit_linear(x: np.ndarray, y: np.ndarray, classes: int, decay: float = 1e-3, 
 @jax.value_and_grad
 def _logistic(weights, x, y, decay):
   """Loss of weights [D + 1, k], whose last row is the bias."""
-  logits = x @ weights[:-1] + weights[-1]
+  logits = jnp.dot(x, weights[:-1], precision='highest') + weights[-1]
   return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean() + decay / 2 * (weights[:-1] ** 2).sum()
 
 

@@ -17,14 +17,16 @@ from beitv2_jax import recipes
 from beitv2_jax.data import sources
 from beitv2_jax.errors import UserError
 from beitv2_jax.studies.tables import ENCODER, RANDOM, Relative, Row, Table
+from beitv2_jax.training.setup import planned_steps
 
+STAGES = ('teacher', 'vqkd', 'pretrain', 'finetune', 'segment')
 GEOMETRY = ('data.image_size', 'model.patch_size')  # what a model's later stages must share
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
   """`settings` hold for every stage, those called 'STAGE:KEY' for one. `recipe` is a file with the stages teacher, vqkd and pretrain, and
-  finetune and segment for the scores of those names."""
+  finetune and segment for the scores of those names. Only rows whose names contain `only` are made. Raises UserError for another stage."""
 
   name: str
   table: Table
@@ -33,6 +35,12 @@ class Study:
   recipe: str = 'configs/demo.py'
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   scores: tuple[str, ...] = ('probe',)  # of 'probe', 'finetune' and 'segment'
+  only: str = ''
+
+  def __post_init__(self):
+    for key in self.settings:
+      if ':' in key and key.partition(':')[0] not in STAGES:
+        raise UserError(f'--set {key}: no stage {key.partition(":")[0]}; there are {", ".join(STAGES)}.')
 
   def config(self, stage: str, changes: dict[str, Any] | None = None) -> Any:
     """The recipe of a stage as it is trained. Raises UserError for a stage that it has not."""
@@ -61,11 +69,13 @@ class Study:
   def rows(self) -> list[Row]:
     """The table's, less those that ask for as many images as there are."""
     limits = [row.student.get('data.limit', 0) if isinstance(row.student, dict) else 0 for row in self.table.rows]
-    if not any(limits):
-      return list(self.table.rows)
+    return [row for row, limit in zip(self.table.rows, limits) if not limit or limit < self.images]
+
+  @functools.cached_property
+  def images(self) -> int:
+    """How many there are to train on."""
     data = self.config('pretrain').data
-    images = len(sources.make(data.source, 'train', data.dir, data.holdout))
-    return [row for row, limit in zip(self.table.rows, limits) if limit < images]
+    return len(sources.make(data.source, 'train', data.dir, data.holdout))
 
   def folder(self, row: Row, seed: int) -> Path:
     return self.out / 'rows' / f'{slug(row.name)}-{seed}'
@@ -75,12 +85,19 @@ def slug(name: str) -> str:
   return re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')
 
 
-@functools.cache
-def fingerprint() -> str:
-  """Of the code that rows depend on."""
-  package, digest = Path(recipes.__file__).parent, hashlib.sha256()
-  folders = [package / name for name in ('models', 'tasks', 'training', 'data', 'kernels', 'downstream')] + [recipes.shipped()]
-  for path in sorted(p for folder in folders for p in folder.glob('*.py')):
+CODE = ('models', 'tasks', 'training', 'data', 'kernels', 'downstream', 'weights', 'studies')
+
+
+def fingerprint(recipe: str) -> str:
+  """Of the code that rows depend on, and of the recipe with its arguments."""
+  package, (file, _, arguments) = Path(recipes.__file__).parent, recipes.resolve(recipe).partition(':')
+  paths = [
+    package / 'config.py',
+    Path(file),
+    *(p for folder in [*(package / name for name in CODE), recipes.shipped()] for p in folder.glob('*.py')),
+  ]
+  digest = hashlib.sha256(arguments.encode())
+  for path in sorted(paths):
     digest.update(path.read_bytes())
   return digest.hexdigest()[:16]
 
@@ -131,7 +148,7 @@ def teaching(study: Study, row: Row, seed: int) -> tuple[list[tuple[str, Path, d
 
 
 def resolved(study: Study, stage: str, changes: dict[str, Any]) -> dict[str, Any]:
-  """Changes with the recipe's values where they are relative to them."""
+  """Changes with the recipe's values where they are relative to them; with fewer images, as many steps as with all of them."""
 
   def value(key: str, change: Any) -> Any:
     if not isinstance(change, Relative):
@@ -141,7 +158,11 @@ def resolved(study: Study, stage: str, changes: dict[str, Any]) -> dict[str, Any
       found = found[part]
     return change.of(found)
 
-  return {k: value(k, v) for k, v in changes.items()}
+  found = {k: value(k, v) for k, v in changes.items()}
+  if found.get('data.limit') and (config := study.config(stage)).steps < 0:  # its length is in epochs
+    steps, warmup = planned_steps(config, study.images)
+    found |= {'steps': steps, 'optim.warmup_steps': warmup}
+  return found
 
 
 def changes_text(study: Study, stage: str, changes: dict[str, Any] | None) -> str:

@@ -5,6 +5,7 @@ Several processes may work in one OUT, one for each GPU for example: who makes a
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import json
 import shutil
@@ -17,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from beitv2_jax.data import sources
-from beitv2_jax.downstream import features, probes, segmentation, trained
 from beitv2_jax.errors import RunFailed, UserError
-from beitv2_jax.studies import summary
+from beitv2_jax.studies import score, summary
 from beitv2_jax.studies.plan import Study, fingerprint, stages_of
-from beitv2_jax.studies.tables import ENCODER, Row
-from beitv2_jax.training import child, events, metrics
+from beitv2_jax.studies.tables import Row
+from beitv2_jax.training import child, events
 
-PROBES = ('probe', 'probe5', 'knn')
+PAUSE = 10.0  # seconds between two looks at what other processes are at
+Cell = tuple[Row, int, Path]
 
 
 class OutOfTime(Exception):
@@ -35,34 +36,46 @@ class Elsewhere(Exception):
   """Another process is at it."""
 
 
-def left(study: Study) -> list[tuple[Row, int, Path]]:
+def left(study: Study) -> list[Cell]:
   """The cells without all their scores. Raises UserError if those that have some were made by other code or settings."""
-  return [(row, seed, folder) for row, seed, folder in study.cells() if not scores_of(study, folder)]
+  missing = [cell for cell in study.cells() if not wanted(study) <= made(study, *cell)['scores'].keys()]
+  return [cell for cell in missing if study.only in cell[0].name]
 
 
-def scores_of(study: Study, folder: Path) -> dict[str, float]:
-  """A cell's, or {} where some are missing that the study wants. Raises UserError if they were made by other code or settings."""
+def made(study: Study, row: Row, seed: int, folder: Path) -> dict[str, Any]:
+  """What a cell's scores.json says; without one, the same with nothing in it. Raises UserError if other code or settings made it."""
   if not (folder / 'scores.json').is_file():
-    return {}
-  made = json.loads((folder / 'scores.json').read_text())
-  if made['code'] != fingerprint() or concerning(made['settings'], made['scores']) != concerning(written(study.settings), made['scores']):
-    what = 'other code' if made['code'] != fingerprint() else 'other settings'
+    return dict(scores={}, settings={}, seconds=0.0)
+  found = json.loads((folder / 'scores.json').read_text())
+  # Of the stages behind its scores, less what is not asked for now.
+  known = dataclasses.replace(study, scores=tuple(name for name in study.scores if score.SCORES[name] <= found['scores'].keys()))
+  stages = {stage for stage, _, _ in stages_of(known, row, seed)}
+  concerning = lambda settings: {k: v for k, v in settings.items() if ':' not in k or k.partition(':')[0] in stages}
+  code = fingerprint(study.recipe)
+  if found['code'] != code or concerning(found['settings']) != concerning(written(study.settings)):
+    what = 'other code or another recipe' if found['code'] != code else 'other settings'
     raise UserError(
       f'{folder} was made by {what}: rows of one table must not differ in that. Give another --out, or --redo to make them all again.'
     )
-  return made['scores'] if wanted(study) <= made['scores'].keys() else {}
+  return found
 
 
 def wanted(study: Study) -> set[str]:
   """The figures that every row must have."""
-  keys = dict(probe=set(PROBES), finetune={'finetune'}, segment={'miou'})
-  return set().union(*(keys[name] for name in study.scores))
+  return set().union(*(score.SCORES[name] for name in study.scores))
 
 
-def concerning(settings: dict[str, str], scores: dict[str, float]) -> dict[str, str]:
-  """Without the settings of a stage that none of the scores is from: a score that is asked for later does not unmake the others."""
-  others = [stage for stage, key in (('finetune', 'finetune'), ('segment', 'miou')) if key not in scores]
-  return {k: v for k, v in settings.items() if k.partition(':')[0] not in others}
+def check(study: Study) -> None:
+  """Raises UserError for a stage or data that the recipe has not, before anything is trained."""
+  data = {}
+  for stage in {stage for row in study.rows for stage, _, _ in stages_of(study, row, 0)}:
+    config = study.config(stage)
+    data[config.data.source, config.data.dir, config.data.holdout] = stage
+  for (source, folder, holdout), stage in data.items():
+    try:
+      sources.make(source, 'train', folder, holdout)
+    except UserError as e:
+      raise UserError(f'{stage}: {e}') from e
 
 
 def written(settings: dict[str, Any]) -> dict[str, str]:
@@ -70,57 +83,41 @@ def written(settings: dict[str, Any]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def held(path: Path, deadline: float | None = None) -> Generator[bool]:
-  """Holds `path`.lock, which the system lets go when the process ends, however it ends.
-
-  Yields whether it is held: without a deadline another process that has it is not waited for. Raises OutOfTime at the deadline.
-  """
+def held(path: Path, wait: bool = False) -> Generator[None]:
+  """Holds `path`.lock, which the system lets go when the process ends, however it ends. Raises Elsewhere if another process has it."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.with_name(f'{path.name}.lock').open('w') as file:
-    while True:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        break
-      except BlockingIOError:
-        if deadline is None:
-          yield False
-          return
-      if time.monotonic() > deadline:
-        raise OutOfTime
-      time.sleep(1)
-    yield True
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
+    except BlockingIOError:
+      raise Elsewhere from None
+    yield
 
 
 def finished(workdir: Path) -> bool:
   return any(e['event'] == 'finished' for e in events.read(workdir))
 
 
-def train(study: Study, stage: str, workdir: Path, changes: dict[str, Any], deadline: float = float('inf'), wait: bool = True) -> None:
-  """One stage in a process of its own, unless it is finished; where another study is at it, waits for that, or raises Elsewhere.
+def train(study: Study, stage: str, workdir: Path, changes: dict[str, Any], deadline: float = float('inf')) -> None:
+  """One stage in a process of its own, unless it is finished.
 
-  Raises UserError if other code or settings made what is there, RunFailed, and OutOfTime where it is stopped at the deadline.
+  Raises UserError if other code or settings made what is there, RunFailed, OutOfTime where it is stopped at the deadline, and Elsewhere
+  where another process is at it.
   """
-  with held(workdir, deadline if wait else None) as mine:
-    if not mine:
-      raise Elsewhere
-    train_alone(study, stage, workdir, changes, deadline)
-
-
-def train_alone(study: Study, stage: str, workdir: Path, changes: dict[str, Any], deadline: float) -> None:
   settings = {'samples': 0, 'eval_every': 0} | study.settings_of(stage) | changes
-  made, now = workdir.parent / f'{workdir.name}.made.json', dict(code=fingerprint(), settings=written(settings))
-  if workdir.exists() and (not made.is_file() or json.loads(made.read_text()) != now):
-    raise UserError(f'{workdir} was made by other code or settings: give another --out, or --redo to make all of it again.')
-  if finished(workdir):
-    return
-  if time.monotonic() > deadline:
-    raise OutOfTime
-  workdir.parent.mkdir(parents=True, exist_ok=True)
-  made.write_text(json.dumps(now) + '\n')
-  command = [sys.executable, '-m', 'beitv2_jax.main', f'--config={study.argument(stage)}', f'--workdir={workdir}']
-  command += [f'--config.{k}={v}' for k, v in settings.items()]
-  with (workdir.parent / f'{workdir.name}.log').open('a') as log:
-    code = child.run(command, None if deadline == float('inf') else max(deadline - time.monotonic(), 0), stdout=log, stderr=log)
+  made, now = workdir.parent / f'{workdir.name}.made.json', dict(code=fingerprint(study.recipe), settings=written(settings))
+  with held(workdir):
+    if workdir.exists() and (not made.is_file() or json.loads(made.read_text()) != now):
+      raise UserError(f'{workdir} was made by other code or settings: give another --out, or --redo to make all of it again.')
+    if finished(workdir):
+      return
+    if time.monotonic() > deadline:
+      raise OutOfTime
+    made.write_text(json.dumps(now) + '\n')
+    command = [sys.executable, '-m', 'beitv2_jax.main', f'--config={study.argument(stage)}', f'--workdir={workdir}']
+    command += [f'--config.{k}={v}' for k, v in settings.items()]
+    with (workdir.parent / f'{workdir.name}.log').open('a') as log:
+      code = child.run(command, None if deadline == float('inf') else max(deadline - time.monotonic(), 0), stdout=log, stderr=log)
   if code is None:
     raise OutOfTime  # it has saved, and goes on from there
   if code:
@@ -128,104 +125,84 @@ def train_alone(study: Study, stage: str, workdir: Path, changes: dict[str, Any]
     raise RunFailed(f'{workdir} ended with code {code}: {" ".join(last)} (log: {workdir}.log)')
 
 
-def score(study: Study, row: Row, seed: int, workdirs: dict[str, Path], images: dict) -> dict[str, float]:
-  """The figures of a row whose stages are trained, at `workdirs`. `images` are kept from row to row."""
-  found = dict(metrics.read(workdirs['vqkd'], 'eval')[-1]) if 'vqkd' in workdirs else {}
-  if 'finetune' in workdirs:
-    found['finetune'] = metrics.read(workdirs['finetune'], 'eval')[-1]['acc1']
-  if 'segment' in workdirs:
-    model = trained.load(workdirs['segment'])
-    source = sources.make(model.config.data.source, 'eval', model.config.data.dir, model.config.data.holdout)
-    found['miou'] = segmentation.evaluate(model, source, segmentation.labels_of(model.config))['miou']
-  if 'probe' in study.scores:
-    if row.student is None:
-      config = study.config('pretrain').unlock()
-      config.model.vocab, config.seed = 1, seed
-      model = trained.Model(config, seed=seed)
-    else:
-      model = trained.load(workdirs['vqkd' if row.student == ENCODER else 'pretrain'])
-    means, labels = {}, {}
-    for split in ('train', 'eval'):
-      config = study.config('pretrain').unlock()
-      config.data.image_size = model.config.data.image_size
-      if (key := (split, config.data.image_size)) not in images:
-        images[key] = features.images_of(config, split)
-      pixels, labels[split] = images[key]
-      means[split] = features.last_block_means(model, pixels)
-    found |= probes.scores(means['train'], labels['train'], means['eval'], labels['eval'])
-  return {key: float(found[key]) for key, _, _ in summary.FIGURES if key in found}
-
-
-def cell(
-  study: Study, row: Row, seed: int, folder: Path, images: dict, deadline: float = float('inf'), wait: bool = True
-) -> dict[str, float]:
-  """Trains what a row needs, scores it, and keeps the scores. Raises what `train` does."""
-  began, stages = time.monotonic(), list(stages_of(study, row, seed))
+def cell(study: Study, row: Row, seed: int, folder: Path, deadline: float = float('inf')) -> dict[str, float]:
+  """Trains what a row needs, scores it, and keeps the scores beside those it had. Raises what `train` does."""
+  began, code, before = time.monotonic(), fingerprint(study.recipe), made(study, row, seed, folder)
   workdirs: dict[str, Path] = {}
-  for stage, workdir, changes in stages:
-    train(study, stage, workdir, changes, deadline, wait)
+  for stage, workdir, changes in stages_of(study, row, seed):
+    train(study, stage, workdir, changes, deadline)
     workdirs[stage] = workdir  # a row's own come after those that made its teacher
   own = {stage for stage, workdir in workdirs.items() if workdir.parent == folder or stage == 'vqkd' and row.tokenizer is not None}
-  scores = score(study, row, seed, {stage: workdirs[stage] for stage in own}, images)
-  folder.mkdir(parents=True, exist_ok=True)
-  made = dict(
-    row=row.name, seed=seed, code=fingerprint(), settings=written(study.settings), seconds=time.monotonic() - began, scores=scores
-  )
-  (folder / 'scores.tmp').write_text(json.dumps(made, indent=2) + '\n')
+  missing = dataclasses.replace(study, scores=tuple(name for name in study.scores if not score.SCORES[name] <= before['scores'].keys()))
+  scores = before['scores'] | score.ask(missing, row, seed, {stage: workdirs[stage] for stage in own}, folder)
+  if fingerprint(study.recipe) != code:
+    raise UserError(f'the code or the recipe was changed while {folder} was made: undo that, or --redo to make all rows again.')
+  settings, seconds = before['settings'] | written(study.settings), before['seconds'] + time.monotonic() - began
+  found = dict(row=row.name, seed=seed, code=code, settings=settings, seconds=seconds, scores=scores)
+  (folder / 'scores.tmp').write_text(json.dumps(found, indent=2) + '\n')
   (folder / 'scores.tmp').replace(folder / 'scores.json')
   return scores
 
 
 def run(study: Study, say: Callable[[str], None], minutes: float = 0) -> None:
-  """Every cell that is left, and the table after each; first those that need nothing that another process is at, then the others.
+  """Every cell that is left, and the table after each. What another process is at, or a cell that needs that, goes last.
 
   Raises UserError, RunFailed, and OutOfTime after `minutes`, if any.
   """
-  missing, images, elsewhere = left(study), {}, []
+  check(study)
+  missing, code = left(study), fingerprint(study.recipe)
   deadline = time.monotonic() + 60 * minutes if minutes else float('inf')
 
-  def make(number: int, row: Row, seed: int, folder: Path, wait: bool) -> None:
-    """Makes the cell, unless another process has meanwhile. Raises Elsewhere if one is at it, or at what it needs."""
-    with held(folder, deadline if wait else None) as mine:
-      if not mine:
-        raise Elsewhere
-      if scores := scores_of(study, folder):
-        made = 'made by another process'
-      else:
-        began = time.monotonic()
-        scores = cell(study, row, seed, folder, images, deadline, wait)
-        made = f'{time.monotonic() - began:.0f} s'
-      told = '  '.join(f'{title} {scores[key]:.{digits}f}' for key, title, digits in summary.FIGURES if key in scores)
-      say(f'{number}/{len(missing)}  {row.name}, seed {seed}, {made}: {told}')
-      summarize(study)
-
-  for number, (row, seed, folder) in enumerate(missing, 1):
+  def done(number: int, row: Row, seed: int, folder: Path) -> bool:
+    """Makes the cell, unless another process has meanwhile. False if one is at it, or at what it needs."""
+    began = time.monotonic()
     try:
-      make(number, row, seed, folder, wait=False)
+      with held(folder):
+        if fingerprint(study.recipe) != code:
+          raise UserError('the code or the recipe was changed while this study ran: undo that, or --redo to make all rows again.')
+        scores = made(study, row, seed, folder)['scores']
+        told = 'made by another process'
+        if not wanted(study) <= scores.keys():
+          scores = cell(study, row, seed, folder, deadline)
+          told = f'{time.monotonic() - began:.0f} s'
     except Elsewhere:
-      elsewhere.append((number, row, seed, folder))
-  for left_over in elsewhere:
-    make(*left_over, wait=True)
+      return False
+    figures = '  '.join(f'{title} {scores[key]:.{digits}f}' for key, title, digits in summary.FIGURES if key in scores)
+    say(f'{number}/{len(missing)}  {row.name}, seed {seed}, {told}: {figures}')
+    summarize(study)
+    return True
+
+  waiting = [(number, *cell) for number, cell in enumerate(missing, 1)]
+  while waiting:
+    again = [numbered for numbered in waiting if not done(*numbered)]
+    if len(again) == len(waiting):  # others are at all of it
+      if time.monotonic() > deadline:
+        raise OutOfTime
+      time.sleep(PAUSE)
+    waiting = again
   summarize(study)
 
 
 def forget(study: Study) -> None:
   """Removes the table, and all rows and stages: tables share them. Raises UserError while another process is at work on them."""
   for lock in (study.out / 'rows').glob('*.lock'):
-    with held(lock.with_suffix('')) as free:
-      if not free:
-        raise UserError(f'another process is making {lock.with_suffix("")}: stop it before --redo, which removes it.')
+    try:
+      with held(lock.with_suffix('')):
+        pass
+    except Elsewhere:
+      raise UserError(f'another process is making {lock.with_suffix("")}: stop it before --redo, which removes it.') from None
   for name in (study.name, 'rows', 'tokenizers', 'teacher', 'random_teacher'):
     shutil.rmtree(study.out / name, ignore_errors=True)
 
 
 def summarize(study: Study) -> None:
-  with held(study.out / study.name, float('inf')):
+  with held(study.out / study.name, wait=True):
     summary.write(study, study.out / study.name)
 
 
 def cost(study: Study) -> list[str]:
   """What is left to do, in words, without doing it."""
+  check(study)
   missing, planned, lines = left(study), {}, []
   for row, seed, _ in missing:
     for stage, workdir, changes in stages_of(study, row, seed):

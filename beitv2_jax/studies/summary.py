@@ -56,7 +56,7 @@ def write(study: Study, folder: Path) -> None:
   values = gathered(study)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'table.json').write_text(
-    json.dumps(dict(question=study.table.question, seeds=study.seeds, code=fingerprint(), rows=values), indent=2) + '\n'
+    json.dumps(dict(question=study.table.question, seeds=study.seeds, code=fingerprint(study.recipe), rows=values), indent=2) + '\n'
   )
   (folder / 'table.md').write_text(markdown(study))
   page = Page(f'Study: {study.name}')

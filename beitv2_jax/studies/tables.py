@@ -5,7 +5,6 @@ all rows. Rows of one name are one row, whichever tables they stand in: they are
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 Changes = dict[str, Any]
@@ -13,17 +12,21 @@ Changes = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Relative:
-  """A value made from the recipe's own, so that a table fits recipes of every size."""
+  """A whole number made from the recipe's own, so that a table fits recipes of every size."""
 
-  of: Callable[[Any], Any]
+  factor: float = 1.0
+  added: int = 0
+
+  def of(self, value: int) -> int:
+    return max(1, round(value * self.factor)) + self.added
 
 
 def times(factor: float) -> Relative:
-  return Relative(lambda value: max(1, round(value * factor)))
+  return Relative(factor)
 
 
 def plus(number: int) -> Relative:
-  return Relative(lambda value: value + number)
+  return Relative(added=number)
 
 
 @dataclasses.dataclass(frozen=True)
