@@ -188,6 +188,16 @@ def test_scores_asked_for_later_stand_beside_the_others(study, monkeypatch):
     (folder / 'scores.json').write_text(kept)
 
 
+def test_code_that_changes_meanwhile_makes_no_row(tmp_path, monkeypatch):
+  codes = iter('aaa')  # while the first cell is begun; then it is another
+  monkeypatch.setattr(run, 'fingerprint', lambda recipe: next(codes, 'b'))
+  monkeypatch.setattr(run, 'train', lambda *a: None)
+  monkeypatch.setattr(run.score, 'ask', lambda *a: dict(probe=1.0, probe5=1.0, knn=1.0))
+  with pytest.raises(run.UserError, match='the code or the recipe was changed while this study ran'):
+    run.run(plan.Study('tiny', TINY, tmp_path, 1), print)
+  assert not list(tmp_path.rglob('scores.json'))
+
+
 def test_fewer_images_take_as_many_steps(tmp_path):
   study = plan.Study('data', TABLES['data'], tmp_path, 1, 'configs/transfer.py:size=small', {'data.source': 'digits'})
   steps = {

@@ -78,6 +78,12 @@ def check(study: Study) -> None:
       raise UserError(f'{stage}: {e}') from e
 
 
+def check_unchanged(study: Study, code: str) -> None:
+  """Raises UserError if the `code` that a study began with is not what its next process would run."""
+  if fingerprint(study.recipe) != code:
+    raise UserError('the code or the recipe was changed while this study ran: undo that, or --redo to make all rows again.')
+
+
 def written(settings: dict[str, Any]) -> dict[str, str]:
   return {k: str(v) for k, v in settings.items()}
 
@@ -105,15 +111,15 @@ def train(study: Study, stage: str, workdir: Path, changes: dict[str, Any], dead
   where another process is at it.
   """
   settings = {'samples': 0, 'eval_every': 0} | study.settings_of(stage) | changes
-  made, now = workdir.parent / f'{workdir.name}.made.json', dict(code=fingerprint(study.recipe), settings=written(settings))
+  record, now = workdir.parent / f'{workdir.name}.made.json', dict(code=fingerprint(study.recipe), settings=written(settings))
   with held(workdir):
-    if workdir.exists() and (not made.is_file() or json.loads(made.read_text()) != now):
+    if workdir.exists() and (not record.is_file() or json.loads(record.read_text()) != now):
       raise UserError(f'{workdir} was made by other code or settings: give another --out, or --redo to make all of it again.')
     if finished(workdir):
       return
     if time.monotonic() > deadline:
       raise OutOfTime
-    made.write_text(json.dumps(now) + '\n')
+    record.write_text(json.dumps(now) + '\n')
     command = [sys.executable, '-m', 'beitv2_jax.main', f'--config={study.argument(stage)}', f'--workdir={workdir}']
     command += [f'--config.{k}={v}' for k, v in settings.items()]
     with (workdir.parent / f'{workdir.name}.log').open('a') as log:
@@ -135,8 +141,7 @@ def cell(study: Study, row: Row, seed: int, folder: Path, deadline: float = floa
   own = {stage for stage, workdir in workdirs.items() if workdir.parent == folder or stage == 'vqkd' and row.tokenizer is not None}
   missing = dataclasses.replace(study, scores=tuple(name for name in study.scores if not score.SCORES[name] <= before['scores'].keys()))
   scores = before['scores'] | score.ask(missing, row, seed, {stage: workdirs[stage] for stage in own}, folder)
-  if fingerprint(study.recipe) != code:
-    raise UserError(f'the code or the recipe was changed while {folder} was made: undo that, or --redo to make all rows again.')
+  check_unchanged(study, code)
   settings, seconds = before['settings'] | written(study.settings), before['seconds'] + time.monotonic() - began
   found = dict(row=row.name, seed=seed, code=code, settings=settings, seconds=seconds, scores=scores)
   (folder / 'scores.tmp').write_text(json.dumps(found, indent=2) + '\n')
@@ -158,8 +163,7 @@ def run(study: Study, say: Callable[[str], None], minutes: float = 0) -> None:
     began = time.monotonic()
     try:
       with held(folder):
-        if fingerprint(study.recipe) != code:
-          raise UserError('the code or the recipe was changed while this study ran: undo that, or --redo to make all rows again.')
+        check_unchanged(study, code)
         scores = made(study, row, seed, folder)['scores']
         told = 'made by another process'
         if not wanted(study) <= scores.keys():
