@@ -191,21 +191,6 @@ def layers(config: Any) -> dict[str, Any]:
   return dict(config.get('layers', {}))
 
 
-def compiler_options(config: Any, runs_once: bool = False, backend: str = '') -> dict[str, Any] | None:
-  """What to ask of XLA, as jax.jit takes it: less work with `quick_compile`, and on CPUs on a program that `runs_once`.
-
-  The programs stay the same, with another rounding here and there. `backend` is this machine's unless given.
-  """
-  backend, quick = backend or jax.default_backend(), config.get('quick_compile', False)
-  if backend == 'cpu' and quick:
-    return dict(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=False)
-  if backend == 'cpu' and runs_once:
-    return dict(xla_backend_optimization_level=1)
-  if backend == 'tpu' and quick:
-    return dict(optimization_level=19)  # XLA's O1, as a number: jax 0.10 takes no name
-  return None
-
-
 def head_dims(config: Any) -> set[int]:
   """Widths of the attention heads of all models in a config."""
   inner = set().union(*(head_dims(v) for v in config.values() if isinstance(v, ConfigDict)))

@@ -4,7 +4,7 @@ import jax
 import pytest
 from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
 
-from beitv2_jax import config
+from beitv2_jax import compiler
 from beitv2_jax.costs import estimate, hlo, operations, schedules
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import flops
@@ -41,6 +41,12 @@ PROGRAM = """HloModule jit_step
   ROOT %y = f32[8]{0} all-gather(%a), dimensions={0}
 }
 
+%all-reduce-scatter.1 (a: f32[4]) -> f32[1] {
+  %a = f32[4]{0} parameter(0)
+  %y = f32[4]{0} all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%inner
+  ROOT %z = f32[1]{0} dynamic-slice(%y), dynamic_slice_sizes={1}
+}
+
 ENTRY %main (a: f32[4]) -> f32[4] {
   %a = f32[4]{0} parameter(0)
   %f1 = f32[8]{0} fusion(%a), kind=kCustom, calls=%start
@@ -48,6 +54,8 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %w = (s32[], f32[4]{0}) while(%a), condition=%cond, body=%body
   %g = bf16[8,128]{1,0} fusion(%a), kind=kLoop, calls=%inner, metadata={op_name="jit(step)/jvp(M)/block_12/fc1"}, backend_config={"estimated_cycles":"7"}
   %r = (f32[64,2]{1,0}, bf16[4]{0}) all-reduce(%g), to_apply=%inner
+  %f3 = f32[1]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+  %f4 = f32[2]{0} reduce-scatter(%a), replica_groups=[16,4]<=[64], to_apply=%inner
   %s = f32[16]{0} all-gather-start(%g), dimensions={0}
   %d = f32[16]{0} all-gather-done(%s)
   ROOT %c = f32[4]{0} custom-call(%a), custom_call_target="mystery"
@@ -59,10 +67,11 @@ def test_loops_count_their_turns_and_fusions_once():
   program = hlo.Program(PROGRAM)
   assert program.cycles() == 9 * 10 + 7 and program.unknown_loops == 0
   assert program.dearest() == [dict(name='jvp(M)/block/fc1', cycles=97, issued=97, count=10)]
-  moved = {m['kind']: (m['count'], m['bytes']) for m in program.collectives()}
+  moved = {m['kind']: (m['count'], m['bytes'], m['waited']) for m in program.collectives()}
   assert moved == {
-    'all-reduce': (1, 2 * (64 * 2 * 4 + 4 * 2)),
-    'all-gather': (2, 64 + 32),  # what a fusion starts, but not what goes on with it
+    'all-reduce': (1, 2 * (64 * 2 * 4 + 4 * 2), 2 * (64 * 2 * 4 + 4 * 2)),
+    'all-gather': (2, 64 + 32, 0),  # what a fusion starts, but not what goes on with it
+    'reduce-scatter': (2, 16 + 32, 16 + 32),  # one inside a fusion, which sums 16 bytes; one by itself, four times its result
   }
   missing = program.without_estimate()
   assert missing['custom-call'] == 1 and missing['all-reduce'] == 1 and 'while' not in missing and 'all-gather-done' not in missing
@@ -128,12 +137,26 @@ def test_operations_in_the_program_are_those_of_the_formula(recipe, part, change
   assert (kernels > 0.02 * products) == (changes.get('attention') == 'tpu')
 
 
-def test_quick_compile_asks_the_tpu_compiler_for_less():
+def test_what_the_tpu_compiler_is_asked_for(monkeypatch, capsys):
   c = beitv2_b16.get_config().unlock()
-  assert config.compiler_options(c, backend='tpu') is None
+  assert compiler.options(c, backend='tpu') == compiler.FOR_TPUS
   c.quick_compile = True
-  asked = config.compiler_options(c, backend='tpu')
-  assert asked and jax.jit(lambda x: x + 1, compiler_options=asked)(1) == 2  # every jax that we support must take it
+  more = dict(set(compiler.options(c, backend='tpu').items()) - set(compiler.FOR_TPUS.items()))
+  assert more and jax.jit(lambda x: x + 1, compiler_options=more)(1) == 2  # every jax that we support must take it
+  # On a TPU whose compiler has dropped a flag of its own, here all, and has another, training goes on without.
+  monkeypatch.setattr(compiler, 'FOR_TPUS', compiler.FOR_TPUS | dict(xla_cpu_enable_fast_math=False))
+  compiler.known_for_tpus.cache_clear()
+  assert compiler.known_for_tpus() == dict(xla_cpu_enable_fast_math=False)
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) == len(compiler.FOR_TPUS) - 1 and all('does not take xla_' in line for line in said)
+  compiler.known_for_tpus.cache_clear()
+
+
+def test_the_tpu_compiler_takes_what_it_is_asked_for():
+  pytest.importorskip('libtpu', reason='the TPU compiler is in the extra [aot]')
+  device = estimate.topology_devices('v5e:2x2')[0]
+  x = jax.ShapeDtypeStruct((8,), 'float32', sharding=jax.sharding.SingleDeviceSharding(device))
+  assert jax.jit(lambda x: x + 1).lower(x).compile(compiler_options=compiler.FOR_TPUS)
 
 
 def test_flags_of_the_user_do_not_take_the_schedules_away():

@@ -10,7 +10,7 @@ FLOORS = [
   ('errors',),
   ('settings',),
   ('storage',),
-  ('config', 'progress', 'tensor_files'),
+  ('compiler', 'config', 'progress', 'tensor_files'),
   ('data', 'kernels', 'recipes', 'configs', 'reports'),
   ('models',),
   ('weights',),

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beitv2_jax import compiler, tasks
 from beitv2_jax import config as config_lib
-from beitv2_jax import tasks
 from beitv2_jax.costs import hlo, operations, schedules
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import flops
@@ -149,7 +149,7 @@ def report(config: Any, topology: str, part: str = 'step', keep_hlo: str | Path 
   traced, mesh, state = trace(config, devices, part)
   found = operations.count(traced.jaxpr)
   with jax.set_mesh(mesh):
-    compiled = traced.lower().compile(compiler_options=config_lib.compiler_options(config, backend='tpu'))
+    compiled = traced.lower().compile(compiler_options=compiler.options(config, backend='tpu'))
   seconds, cpu_seconds = time.monotonic() - began, time.process_time() - spent
   program, text = read(compiled, topology, devices_a_chip)
   if keep_hlo:
@@ -159,7 +159,7 @@ def report(config: Any, topology: str, part: str = 'step', keep_hlo: str | Path 
   needed, images = operations_per_image(config, part), config.batch_size / chips
   moved = program.collectives()
   compute = program.cycles() / chip.clock / 1e9
-  linked = sum(m['bytes'] for m in moved) * devices_a_chip / (chip.links * 1e9)
+  linked, waited = (sum(m[what] for m in moved) * devices_a_chip / (chip.links * 1e9) for what in ('bytes', 'waited'))
   room = chip.memory * 2**30 / devices_a_chip
   rate = images / compute if compute else float('nan')
   return dict(
@@ -171,8 +171,9 @@ def report(config: Any, topology: str, part: str = 'step', keep_hlo: str | Path 
     ),
     model_gflop_per_image=needed / 1e9,
     found_gflop_per_image=dict(products=found[0] / config.batch_size / 1e9, kernels=found[1] / config.batch_size / 1e9),
-    cycles=program.cycles(), issued=program.instructions(), seconds=compute, collective_seconds=linked,
+    cycles=program.cycles(), issued=program.instructions(), seconds=compute, collective_seconds=linked, waited_seconds=waited,
     images_per_second_chip=rate, share_of_peak=rate * needed / (chip.peak * 1e12),
+    images_per_second_chip_scheduled=images / (compute + waited) if compute else float('nan'),
     images_per_second_chip_no_overlap=images / (compute + linked) if compute else float('nan'),
     collectives=moved, operations=program.dearest(), without_estimate=program.without_estimate(), unknown_loops=program.unknown_loops,
   )  # fmt: skip
@@ -246,13 +247,14 @@ def show(result: dict, top: int) -> str:
     f'in the program      {sum(found.values()):.1f} GFLOP an image in products: {found["products"]:.1f} that the compiler counts, {found["kernels"]:.1f} inside our kernels',
     f'compiler estimate   {result["cycles"] / 1e6:.1f} M cycles, {1e3 * result["seconds"]:.1f} ms a step',
     f'                    {result["images_per_second_chip"]:,.0f} images/s a chip, {100 * result["share_of_peak"]:.1f} % of peak, if collectives hide behind compute',
+    f'                    {result["images_per_second_chip_scheduled"]:,.0f} images/s a chip if those do that the compiler has computing go on beside ({1e3 * result["waited_seconds"]:.1f} ms of others)',
     f"                    {result['images_per_second_chip_no_overlap']:,.0f} images/s a chip if none of them does ({1e3 * result['collective_seconds']:.1f} ms at the links' bandwidth)",
     f'instructions        {result["issued"] / 1e6:.1f} M, which would be {100 * result["share_of_peak"] * result["cycles"] / max(result["issued"], 1):.1f} % of peak if nothing waited for memory or a matrix unit',
     '',
   ]
   if result['collectives']:
-    lines += ['collectives             times a step       bytes a chip']
-    lines += [f'  {x["kind"]:22s}{x["count"]:10d}{gib(x["bytes"]):>20s}' for x in result['collectives']] + ['']
+    lines += ['collectives             times a step       bytes a chip     nothing beside them']
+    lines += [f'  {x["kind"]:22s}{x["count"]:10d}{gib(x["bytes"]):>20s}{gib(x["waited"]):>20s}' for x in result['collectives']] + ['']
   lines += ['dearest operations                                              of cycles  of instructions   times']
   shares = lambda x: (100 * x['cycles'] / max(result['cycles'], 1), 100 * x['issued'] / max(result['issued'], 1))
   lines += ['  {:60s}{:9.1f} %{:15.1f} %{:8d}'.format(x['name'][:60], *shares(x), x['count']) for x in result['operations'][:top]]

@@ -59,6 +59,7 @@ class Program:
       i['cycles'] = kernel_cycles(same, i['kernel']['turns'], i['kernel']['moved'])
     self.times: collections.Counter = collections.Counter()
     self.started: collections.Counter = collections.Counter()  # fusions that start a collective, which others then carry on
+    self.scattered: collections.Counter = collections.Counter()  # fusions that sum over chips and keep a part: a reduce-scatter
     self.unknown_loops = 0  # counted as one turn
     if self.entry:
       self._visit(self.entry, 1)
@@ -75,10 +76,12 @@ class Program:
     constant = re.match(r'(\d+)\)', rest) if opcode == 'constant' else None
     source = re.search(r'op_name="([^"]*)"', rest)
     called = dict(re.findall(r'(body|condition|to_apply|calls)=%?([\w.\-]+)', rest))
+    group = re.search(r'replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])', rest)
     branches = re.search(r'branch_computations=\{([^}]*)\}', rest)
     return dict(
       name=name, shape=shape, form=_anonymous(shape, opcode, rest), opcode=opcode, kernel=kernel, bytes=_shape_bytes(shape), cycles=cycles, constant=int(constant[1]) if constant else None,
       source=source[1] if source else '', called=called, starts='custom_call_target="AsyncCollectiveStart"' in rest,
+      group=int(group[2] or len(group[1].split(','))) if group else 1,
       branches=[b.strip().lstrip('%') for b in branches[1].split(',')] if branches else [],
     )  # fmt: skip
 
@@ -104,9 +107,11 @@ class Program:
         self._visit(i['called']['calls'], times)
       elif i['opcode'] == 'fusion' and any(j['starts'] for j in self.computations.get(i['called'].get('calls'), ())):
         self.started[i['called']['calls']] += times
+      elif i['opcode'] == 'fusion' and i['called'].get('calls', '').startswith('all-reduce-scatter'):
+        self.scattered[i['called']['calls']] += times
 
-  def _all(self, started: bool = False):
-    for name, times in (self.times + self.started if started else self.times).items():
+  def _all(self, times_by: dict[str, int] | None = None):
+    for name, times in (self.times if times_by is None else times_by).items():
       for i in self.computations.get(name, ()):
         yield i, times
 
@@ -140,14 +145,21 @@ class Program:
     return [dict(name=n, cycles=c, issued=instructions[n], count=counts[n]) for n, c in cycles.most_common(60)]
 
   def collectives(self) -> list[dict[str, Any]]:
-    """Per kind: how often a step, and the bytes a chip sends (ring algorithms: twice the result for an all-reduce)."""
-    counts, moved = collections.Counter(), collections.Counter()
-    for i, times in self._all(started=True):
-      kind = i['opcode'].removesuffix('-start')
-      if kind in _COLLECTIVES:
-        counts[kind] += times
-        moved[kind] += times * i['bytes'] * (2 if kind == 'all-reduce' else 1)
-    return [dict(kind=k, count=counts[k], bytes=moved[k]) for k in sorted(counts, key=lambda k: moved[k], reverse=True)]
+    """Per kind: how often a step, the bytes a chip sends (ring algorithms: twice the result for an all-reduce), and those of them that
+    nothing is computed beside, as the compiler has it."""
+    counts, moved, waited = collections.Counter(), collections.Counter(), collections.Counter()
+    for computations, alone in ((self.times, True), (self.started, False), (self.scattered, True)):
+      for i, times in self._all(computations):
+        kind = i['opcode'].removesuffix('-start')
+        if kind in _COLLECTIVES:
+          sent = times * i['bytes'] * (2 if kind == 'all-reduce' else i['group'] if kind == 'reduce-scatter' else 1)
+          if computations is self.scattered:
+            kind, sent = 'reduce-scatter', sent // 2
+          counts[kind] += times
+          moved[kind] += sent
+          waited[kind] += sent if alone and not i['opcode'].endswith('-start') else 0
+    kinds = sorted(counts, key=lambda k: moved[k], reverse=True)
+    return [dict(kind=k, count=counts[k], bytes=moved[k], waited=waited[k]) for k in kinds]
 
   def without_estimate(self) -> dict[str, int]:
     """Kinds of operations that take time but carry none: custom calls, collectives, copies between memories."""

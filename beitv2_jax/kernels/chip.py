@@ -47,6 +47,11 @@ def made_anew(x: jax.Array) -> jax.Array:
   return x if platform() == 'gpu' else jax.lax.optimization_barrier(x)
 
 
+def kept_apart(x: jax.Array) -> jax.Array:
+  """x, which the compiler does not make as a part of what uses it, on TPUs."""
+  return jax.lax.optimization_barrier(x) if platform() == 'tpu' else x
+
+
 def check(kernel: str, ours: Callable, plain: Callable, *args, tolerance: float = 0.03) -> None:
   """Compares `ours(*args)` with `plain` of the same in fp32, on this process's chip. Refuses the kernel if it fails, or is off by more
   than `tolerance` of the largest value."""

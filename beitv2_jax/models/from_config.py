@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from beitv2_jax import compiler
 from beitv2_jax import config as config_lib
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.classifier import Classifier
@@ -60,7 +61,7 @@ def init(module: Any, config: Any, key: jax.Array) -> Any:
 def fresh_variables(config: Any, seed: int = 0) -> Any:
   """Fresh variables of a config's model on the default device, without boxes."""
   module = build(config)
-  fresh = jax.jit(lambda key: nn.unbox(init(module, config, key)), compiler_options=config_lib.compiler_options(config, runs_once=True))
+  fresh = jax.jit(lambda key: nn.unbox(init(module, config, key)), compiler_options=compiler.options(config, runs_once=True))
   return fresh(jax.random.key(seed))
 
 

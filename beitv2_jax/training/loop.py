@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from beitv2_jax import compiler, storage, tasks
 from beitv2_jax import config as config_lib
-from beitv2_jax import storage, tasks
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.reports import draw
@@ -173,7 +173,7 @@ class Training:
       setup.sources['train'], setup.transforms['train'], batch=config.batch_size, start=start, workers=config.data.workers, **self._share()
     )
     train_step = make_train_step(setup.task, setup.optimizer, setup.schedule, config.accumulate, layout)
-    options, everywhere = config_lib.compiler_options(config), sharding.replicated(mesh)
+    options, everywhere = compiler.options(config), sharding.replicated(mesh)
     self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout.shardings, everywhere), compiler_options=options)
     self.eval_step = evaluate.make_eval_step(setup.task, mesh, options)
     self.sample_step = jax.jit(setup.task.samples, out_shardings=everywhere, compiler_options=options)
@@ -267,7 +267,7 @@ class Training:
   def first_batch(self) -> dict[str, jax.Array]:
     batch, setup = self.pull(), self.setup
     if self.step == 0 and not setup.config.init_from:
-      options = config_lib.compiler_options(setup.config)
+      options = compiler.options(setup.config)
       warm_start = jax.jit(setup.task.warm_start, out_shardings=setup.layout.shardings.model_state, compiler_options=options)
       params = self.gather(self.state.split()[0])['params']
       self.state = self.state._replace(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from beitv2_jax import config as config_lib
+from beitv2_jax import compiler
 from beitv2_jax.training import sharding
 
 
@@ -60,5 +60,5 @@ def state_layout(task: Any, optimizer: Any, mesh: Any, config: Any) -> StateLayo
     abstract,
     shardings,
     gathered,
-    jax.jit(init, out_shardings=shardings, compiler_options=config_lib.compiler_options(config, runs_once=True)),
+    jax.jit(init, out_shardings=shardings, compiler_options=compiler.options(config, runs_once=True)),
   )

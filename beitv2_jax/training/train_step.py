@@ -31,7 +31,7 @@ def make_train_step(
 
     def accumulate(total, micro_batch):
       grads, metrics, stats = gradient(*micro_batch)
-      return jax.tree.map(jnp.add, total, (place(grads, layout.gathered['params']), metrics)), stats
+      return jax.tree.map(jnp.add, total, (place(grads, layout.shardings.params), metrics)), stats
 
     if micro_batches == 1:
       grads, metrics, stats = gradient(batch, key)

@@ -1,0 +1,49 @@
+"""What to ask of the compiler, XLA, for each kind of chip."""
+
+import functools
+import sys
+from typing import Any
+
+import jax
+
+# What XLA for TPUs does not do by itself where the state is split over the chips (docs/estimates.md, "Flags of the compiler").
+FOR_TPUS = {
+  # Sum a matrix's gradient over the chips after its product, and not in between parts of it.
+  'xla_tpu_enable_windowed_einsum_for_reduce_scatter': False,
+  # Gather parameters as such, beside computing. Otherwise arrays that are zero but for a chip's own part are summed.
+  'xla_tpu_prefer_async_allgather_to_allreduce': True,
+  # Sum gradients beside computing, a few matrices at a time. Otherwise all are summed when the last one is there.
+  'xla_enable_async_all_reduce': True,
+  'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
+  'xla_jf_crs_combiner_threshold_in_bytes': 1_000_000,
+}
+
+
+def options(config: Any, runs_once: bool = False, backend: str = '') -> dict[str, Any] | None:
+  """What to ask of XLA, as jax.jit takes it: FOR_TPUS on TPUs, less work with `quick_compile`, and on CPUs on a program that `runs_once`.
+
+  The programs stay the same, with another rounding here and there. `backend` is this machine's unless given.
+  """
+  on_this_machine = not backend
+  backend, quick = backend or jax.default_backend(), config.get('quick_compile', False)
+  if backend == 'cpu' and quick:
+    return dict(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=False)
+  if backend == 'cpu' and runs_once:
+    return dict(xla_backend_optimization_level=1)
+  if backend == 'tpu':
+    level = dict(optimization_level=19) if quick else {}  # XLA's O1, as a number: jax 0.10 takes no name
+    return level | (known_for_tpus() if on_this_machine else FOR_TPUS)
+  return None
+
+
+@functools.cache
+def known_for_tpus() -> dict[str, Any]:
+  """Those of FOR_TPUS that this process's compiler takes: they are libtpu's own, and it may drop one. Warns of the others."""
+  known = {}
+  for name, value in FOR_TPUS.items():
+    try:
+      jax.jit(lambda x: x + 1, compiler_options={name: value}).lower(0).compile()
+      known[name] = value
+    except jax.errors.JaxRuntimeError as e:
+      print(f'the TPU compiler does not take {name} (steps may be slower): {str(e).splitlines()[0][:200]}', file=sys.stderr)
+  return known
