@@ -12,38 +12,41 @@ FOR_TPUS = {
   'xla_tpu_enable_windowed_einsum_for_reduce_scatter': False,
   # Gather parameters as such, beside computing. Otherwise arrays that are zero but for a chip's own part are summed.
   'xla_tpu_prefer_async_allgather_to_allreduce': True,
-  # Sum gradients beside computing, a few matrices at a time. Otherwise all are summed when the last one is there.
+}
+# Sum gradients beside computing, matrix by matrix. Otherwise all are summed when the last one is there. The compiler refuses it elsewhere.
+FOR_V5E = {
   'xla_enable_async_all_reduce': True,
   'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
   'xla_jf_crs_combiner_threshold_in_bytes': 1_000_000,
 }
 
 
-def options(config: Any, runs_once: bool = False, backend: str = '') -> dict[str, Any] | None:
-  """What to ask of XLA, as jax.jit takes it: FOR_TPUS on TPUs, less work with `quick_compile`, and on CPUs on a program that `runs_once`.
+def options(config: Any, runs_once: bool = False, device: Any = None) -> dict[str, Any] | None:
+  """What to ask of XLA, as jax.jit takes it, for this process's devices or for one that is not here: how to work together on TPUs, less
+  work with `quick_compile`, and on CPUs on a program that `runs_once`.
 
-  The programs stay the same, with another rounding here and there. `backend` is this machine's unless given.
+  The programs stay the same, with another rounding here and there.
   """
-  on_this_machine = not backend
-  backend, quick = backend or jax.default_backend(), config.get('quick_compile', False)
-  if backend == 'cpu' and quick:
+  here, device, quick = device is None, device or jax.devices()[0], config.get('quick_compile', False)
+  if device.platform == 'cpu' and quick:
     return dict(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=False)
-  if backend == 'cpu' and runs_once:
+  if device.platform == 'cpu' and runs_once:
     return dict(xla_backend_optimization_level=1)
-  if backend == 'tpu':
+  if device.platform == 'tpu':
+    asked = FOR_TPUS | (FOR_V5E if device.device_kind == 'TPU v5 lite' else {})
     level = dict(optimization_level=19) if quick else {}  # XLA's O1, as a number: jax 0.10 takes no name
-    return level | (known_for_tpus() if on_this_machine else FOR_TPUS)
+    return level | (dict(taken(tuple(asked.items()))) if here else asked)
   return None
 
 
 @functools.cache
-def known_for_tpus() -> dict[str, Any]:
-  """Those of FOR_TPUS that this process's compiler takes: they are libtpu's own, and it may drop one. Warns of the others."""
-  known = {}
-  for name, value in FOR_TPUS.items():
+def taken(asked: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+  """Those of the options that this process's compiler takes: they are libtpu's own, and it may drop one. Warns of the others."""
+  known = []
+  for name, value in asked:
     try:
       jax.jit(lambda x: x + 1, compiler_options={name: value}).lower(0).compile()
-      known[name] = value
+      known.append((name, value))
     except jax.errors.JaxRuntimeError as e:
       print(f'the TPU compiler does not take {name} (steps may be slower): {str(e).splitlines()[0][:200]}', file=sys.stderr)
-  return known
+  return tuple(known)

@@ -1,5 +1,7 @@
 """What estimate.py reads out of a compiled program, on a hand-made one; the compiler itself is in the extra [aot]."""
 
+import types
+
 import jax
 import pytest
 from beitv2_jax.configs import ade20k_b16, beitv2_b16, finetune_b16, vqkd_b16
@@ -137,26 +139,32 @@ def test_operations_in_the_program_are_those_of_the_formula(recipe, part, change
   assert (kernels > 0.02 * products) == (changes.get('attention') == 'tpu')
 
 
-def test_what_the_tpu_compiler_is_asked_for(monkeypatch, capsys):
+def test_what_the_tpu_compiler_is_asked_for(capsys):
   c = beitv2_b16.get_config().unlock()
-  assert compiler.options(c, backend='tpu') == compiler.FOR_TPUS
+  chip = lambda kind: types.SimpleNamespace(platform='tpu', device_kind=kind)
+  assert compiler.options(c, device=chip('TPU v4')) == compiler.FOR_TPUS
+  v5e = compiler.options(c, device=chip('TPU v5 lite'))
+  assert v5e == compiler.FOR_TPUS | compiler.FOR_V5E
   c.quick_compile = True
-  more = dict(set(compiler.options(c, backend='tpu').items()) - set(compiler.FOR_TPUS.items()))
+  more = dict(set(compiler.options(c, device=chip('TPU v5 lite')).items()) - set(v5e.items()))
   assert more and jax.jit(lambda x: x + 1, compiler_options=more)(1) == 2  # every jax that we support must take it
-  # On a TPU whose compiler has dropped a flag of its own, here all, and has another, training goes on without.
-  monkeypatch.setattr(compiler, 'FOR_TPUS', compiler.FOR_TPUS | dict(xla_cpu_enable_fast_math=False))
-  compiler.known_for_tpus.cache_clear()
-  assert compiler.known_for_tpus() == dict(xla_cpu_enable_fast_math=False)
+
+
+def test_training_goes_on_without_what_the_compiler_does_not_take(capsys):
+  known = ('xla_cpu_enable_fast_math', False)  # by the CPU's compiler, which has none of the TPU's
+  assert compiler.taken((*compiler.FOR_V5E.items(), known)) == (known,)
   said = capsys.readouterr().err.splitlines()
-  assert len(said) == len(compiler.FOR_TPUS) - 1 and all('does not take xla_' in line for line in said)
-  compiler.known_for_tpus.cache_clear()
+  assert len(said) == len(compiler.FOR_V5E) and all('does not take xla_' in line for line in said)
 
 
-def test_the_tpu_compiler_takes_what_it_is_asked_for():
+@pytest.mark.parametrize('slice_', ['v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
+def test_the_tpu_compiler_takes_what_it_is_asked_for(slice_):
   pytest.importorskip('libtpu', reason='the TPU compiler is in the extra [aot]')
-  device = estimate.topology_devices('v5e:2x2')[0]
-  x = jax.ShapeDtypeStruct((8,), 'float32', sharding=jax.sharding.SingleDeviceSharding(device))
-  assert jax.jit(lambda x: x + 1).lower(x).compile(compiler_options=compiler.FOR_TPUS)
+  mesh = sharding.make_mesh(-1, 1, estimate.topology_devices(slice_))
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  x = jax.ShapeDtypeStruct((64, 1024, 1024), 'bfloat16', sharding=split)
+  options = compiler.options(beitv2_b16.get_config(), device=mesh.devices.flat[0])
+  assert jax.jit(lambda x: x.sum(0)).lower(x).compile(compiler_options=options)  # a sum over the chips
 
 
 def test_flags_of_the_user_do_not_take_the_schedules_away():

@@ -149,7 +149,7 @@ def report(config: Any, topology: str, part: str = 'step', keep_hlo: str | Path 
   traced, mesh, state = trace(config, devices, part)
   found = operations.count(traced.jaxpr)
   with jax.set_mesh(mesh):
-    compiled = traced.lower().compile(compiler_options=compiler.options(config, backend='tpu'))
+    compiled = traced.lower().compile(compiler_options=compiler.options(config, device=devices[0]))
   seconds, cpu_seconds = time.monotonic() - began, time.process_time() - spent
   program, text = read(compiled, topology, devices_a_chip)
   if keep_hlo:
