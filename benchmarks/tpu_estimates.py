@@ -1,10 +1,10 @@
 """The tables of docs/performance.md that come from the TPU compiler: every program compiled for chips that are not there.
 
   python benchmarks/tpu_estimates.py            compiles what benchmarks/tpu_estimates.json lacks, or has with other arguments (minutes each),
-                                                then prints
+                                                then prints; † marks rows of older code
   python benchmarks/tpu_estimates.py --print    only prints the tables, and draws docs/growth.png
 
-Needs the extras [aot] and [demo]. All figures are compiler estimates. Rows of another code stay until deleted from the file.
+Needs the extras [aot] and [demo]. All figures are compiler estimates. Rows of older code stay, marked †, until deleted from the file.
 """
 
 import argparse
@@ -21,6 +21,7 @@ SLICES = {64: dict(v4='4x4x4', v5e='8x8', v5p='4x4x4', v6e='8x8'), 256: dict(v5e
 
 
 COPIED = '--config.mesh.shard_state=False'  # every chip holds and updates all parameters
+CODE = 2  # raised when what the programs do changes: rows of a smaller number are marked in the tables
 
 
 def runs() -> dict[str, list[str]]:
@@ -33,11 +34,11 @@ def runs() -> dict[str, list[str]]:
   def batch(n, accumulate=1):
     return [f'--config.batch_size={n}', f'--config.accumulate={accumulate}']
 
-  for size, config in (('base', B16), ('large', L16)):
-    add(f'student {size} 128', config, 'v5e:2x2', 'student', *batch(512, 4))
-  for chip, topology in (('v6e', 'v6e:2x2'), ('tpu7x', 'tpu7x:2x2x1')):  # these need jax 0.11.2
-    add(f'student base {chip} 128', B16, topology, 'student', *batch(512))
-    add(f'student large {chip} 128', L16, topology, 'student', *batch(512, 4))
+  add('student base 256', B16, 'v5e:2x2', 'student', *batch(1024, 4))
+  add('student large 128', L16, 'v5e:2x2', 'student', *batch(512, 4))
+  for chip, topology, parts in (('v6e', 'v6e:2x2', 4), ('tpu7x', 'tpu7x:2x2x1', 2)):  # these need jax 0.11.2
+    add(f'student base {chip} 128', B16, topology, 'student', *batch(512, parts))
+    add(f'student large {chip} 128', L16, topology, 'student', *batch(512, parts))
   add('student base 32', B16, 'v5e:2x2', 'student', *batch(128))
   add('student base 32, copied', B16, 'v5e:2x2', 'student', *batch(128), COPIED)
   for dtype in ('float32', 'bfloat16'):
@@ -85,7 +86,7 @@ def compile_missing(only: str) -> None:
       r = json.loads(text)
     kept = {k: v for k, v in r.items() if k not in ('operations', 'without_estimate')}
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # another of these may have written
-    results[name] = kept | dict(arguments=args, collective_bytes=sum(m['bytes'] for m in r['collectives']))
+    results[name] = kept | dict(code=CODE, arguments=args, collective_bytes=sum(m['bytes'] for m in r['collectives']))
     RESULTS.write_text(json.dumps(results, indent=1) + '\n')
     print(
       f'{name}: {r["images_per_second_chip"]:,.0f} images/s a chip, {100 * r["share_of_peak"]:.1f} % ({time.monotonic() - start:.0f} s)',
@@ -99,6 +100,7 @@ COLUMNS = {
   'images/s a chip': lambda r: f'{r["images_per_second_chip"]:,.0f}',
   'of peak': lambda r: f'{100 * r["share_of_peak"]:.1f} %',
   'by instructions': lambda r: f'{100 * r["share_of_peak"] * r["cycles"] / r["issued"]:.1f} %' if r.get('issued') else '–',
+  'as scheduled': lambda r: f'{r["images_per_second_chip_scheduled"]:,.0f}' if 'images_per_second_chip_scheduled' in r else '–',
   'if no collective hides': lambda r: f'{r["images_per_second_chip_no_overlap"]:,.0f}',
   'GiB sent': lambda r: f'{r["collective_bytes"] / 2**30:.2f}',
   'parameters': lambda r: f'{r["memory"]["parameters"] / 2**30:.2f}',
@@ -123,7 +125,8 @@ def show() -> None:
     print(f'\n| {title} | {" | ".join(COLUMNS)} |\n|{"---|" * (len(COLUMNS) + 1)}')
     for name in names:
       if name in results:
-        print(f'| {name} | {" | ".join(column(results[name]) for column in COLUMNS.values())} |')
+        older = ' †' * (results[name].get('code', 1) < CODE)
+        print(f'| {name}{older} | {" | ".join(column(results[name]) for column in COLUMNS.values())} |')
   draw(results)
 
 

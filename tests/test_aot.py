@@ -49,6 +49,11 @@ PROGRAM = """HloModule jit_step
   ROOT %z = f32[1]{0} dynamic-slice(%y), dynamic_slice_sizes={1}
 }
 
+%on_sparse_cores (a: f32[4]) -> f32[2] {
+  %a = f32[4]{0} parameter(0)
+  ROOT %y = f32[2]{0} reduce-scatter(%a), replica_groups=mesh['data'=2,'model'=4] {'data','model'}, to_apply=%inner
+}
+
 ENTRY %main (a: f32[4]) -> f32[4] {
   %a = f32[4]{0} parameter(0)
   %f1 = f32[8]{0} fusion(%a), kind=kCustom, calls=%start
@@ -58,6 +63,8 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %r = (f32[64,2]{1,0}, bf16[4]{0}) all-reduce(%g), to_apply=%inner
   %f3 = f32[1]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
   %f4 = f32[2]{0} reduce-scatter(%a), replica_groups=[16,4]<=[64], to_apply=%inner
+  %f5 = ((), f32[2]{0}) custom-call-start(%a), custom_call_target="TODO", called_computations={%on_sparse_cores}
+  %f6 = f32[2]{0} reduce-scatter(%a), replica_groups={{0,1,2}}, to_apply=%inner
   %s = f32[16]{0} all-gather-start(%g), dimensions={0}
   %d = f32[16]{0} all-gather-done(%s)
   ROOT %c = f32[4]{0} custom-call(%a), custom_call_target="mystery"
@@ -73,7 +80,8 @@ def test_loops_count_their_turns_and_fusions_once():
   assert moved == {
     'all-reduce': (1, 2 * (64 * 2 * 4 + 4 * 2), 2 * (64 * 2 * 4 + 4 * 2)),
     'all-gather': (2, 64 + 32, 0),  # what a fusion starts, but not what goes on with it
-    'reduce-scatter': (2, 16 + 32, 16 + 32),  # one inside a fusion, which sums 16 bytes; one by itself, four times its result
+    # One inside a fusion, which sums 16 bytes, two by themselves, of four and three times their results; SparseCores carry out one of eight.
+    'reduce-scatter': (4, 16 + 32 + 24 + 64, 16 + 32 + 24),
   }
   missing = program.without_estimate()
   assert missing['custom-call'] == 1 and missing['all-reduce'] == 1 and 'while' not in missing and 'all-gather-done' not in missing

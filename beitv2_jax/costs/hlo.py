@@ -24,6 +24,18 @@ def _shape_bytes(text: str) -> int:
   )
 
 
+def _group(rest: str) -> int:
+  """How many devices take part in a collective: of groups that are listed, counted, or named by axes of the mesh."""
+  if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', rest):
+    return len(listed[1].split(','))
+  if counted := re.search(r'replica_groups=\[\d+,(\d+)\]', rest):
+    return int(counted[1])
+  if named := re.search(r'replica_groups=mesh\[([^]]*)\] \{([^}]*)\}', rest):
+    sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+    return math.prod(int(sizes[axis]) for axis in named[2].split(','))
+  return 1
+
+
 def _anonymous(shape: str, opcode: str, rest: str) -> str:
   """An operation without the names in it, and without what the compiler notes of it."""
   return f'{shape} {opcode}(' + re.sub(r'%[\w.\-]+', '%', rest.split(', metadata=')[0].split(', backend_config=')[0])
@@ -58,7 +70,7 @@ class Program:
       same = [j['name'] for j in kernels if j['kernel']['body'] == i['kernel']['body']]
       i['cycles'] = kernel_cycles(same, i['kernel']['turns'], i['kernel']['moved'])
     self.times: collections.Counter = collections.Counter()
-    self.started: collections.Counter = collections.Counter()  # fusions that start a collective, which others then carry on
+    self.started: collections.Counter = collections.Counter()  # what starts a collective that goes on beside computing
     self.scattered: collections.Counter = collections.Counter()  # fusions that sum over chips and keep a part: a reduce-scatter
     self.unknown_loops = 0  # counted as one turn
     if self.entry:
@@ -75,13 +87,12 @@ class Program:
       kernel = dict(turns=int(turns[1]), moved=moved, body=body[1] if body else name)
     constant = re.match(r'(\d+)\)', rest) if opcode == 'constant' else None
     source = re.search(r'op_name="([^"]*)"', rest)
-    called = dict(re.findall(r'(body|condition|to_apply|calls)=%?([\w.\-]+)', rest))
-    group = re.search(r'replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])', rest)
+    called = dict(re.findall(r'(body|condition|to_apply|calls|called_computations)=\{?%?([\w.\-]+)', rest))
     branches = re.search(r'branch_computations=\{([^}]*)\}', rest)
     return dict(
       name=name, shape=shape, form=_anonymous(shape, opcode, rest), opcode=opcode, kernel=kernel, bytes=_shape_bytes(shape), cycles=cycles, constant=int(constant[1]) if constant else None,
       source=source[1] if source else '', called=called, starts='custom_call_target="AsyncCollectiveStart"' in rest,
-      group=int(group[2] or len(group[1].split(','))) if group else 1,
+      group=_group(rest),
       branches=[b.strip().lstrip('%') for b in branches[1].split(',')] if branches else [],
     )  # fmt: skip
 
@@ -105,6 +116,8 @@ class Program:
           self._visit(branch, times)
       elif i['opcode'] == 'async-start' and 'calls' in i['called']:
         self._visit(i['called']['calls'], times)
+      elif i['opcode'] == 'custom-call-start' and 'called_computations' in i['called']:  # what the chip's SparseCores do
+        self.started[i['called']['called_computations']] += times
       elif i['opcode'] == 'fusion' and any(j['starts'] for j in self.computations.get(i['called'].get('calls'), ())):
         self.started[i['called']['calls']] += times
       elif i['opcode'] == 'fusion' and i['called'].get('calls', '').startswith('all-reduce-scatter'):
