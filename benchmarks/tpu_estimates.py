@@ -2,9 +2,10 @@
 
   python benchmarks/tpu_estimates.py            compiles what benchmarks/tpu_estimates.json lacks, or has with other arguments (minutes each),
                                                 then prints; † marks rows of older code
-  python benchmarks/tpu_estimates.py --print    only prints the tables, and draws docs/growth.png
+  python benchmarks/tpu_estimates.py --print    only prints the tables
+  python benchmarks/tpu_estimates.py --draw     draws docs/growth.png of them; needs matplotlib, which no extra has
 
-Needs the extras [aot] and [demo]. All figures are compiler estimates. Rows of older code stay, marked †, until deleted from the file.
+Needs the extra [aot]. All figures are compiler estimates. Rows of older code stay, marked †, until deleted from the file.
 """
 
 import argparse
@@ -53,20 +54,9 @@ def runs() -> dict[str, list[str]]:
     add(f'growth batch {n}', B16, 'v5e:2x2', 'student', *batch(4 * n))
   add('base v5e 16', B16, 'v5e:4x4', 'step', *batch(2048, 4))  # and on 64 and 256 chips, above
   add('growth size 384', B16, 'v5e:2x2', 'student', *batch(32), '--config.data.image_size=384', '--config.mask.count=220')
-  for depth in (6, 24):
-    add(
-      f'growth depth {depth}',
-      B16,
-      'v5e:2x2',
-      'student',
-      *batch(128),
-      f'--config.model.depth={depth}',
-      f'--config.model.early_layer={depth - 3}',
-    )
   add('UperNet base v5e 4', 'configs/ade20k_b16.py', 'v5e:2x2', 'step', COPIED)
   for remat in ('dots', 'full'):
     add(f'remat {remat}', B16, 'v5e:2x2', 'student', *batch(128), f'--config.layers.remat={remat}')
-  add('scan', B16, 'v5e:2x2', 'student', *batch(128), '--config.layers.scan=True')
   add('first moment bf16', B16, 'v5e:2x2', 'student', *batch(128), '--config.optim.first_moment=bfloat16')
   return out
 
@@ -127,28 +117,31 @@ def show() -> None:
       if name in results:
         older = ' †' * (results[name].get('code', 1) < CODE)
         print(f'| {name}{older} | {" | ".join(column(results[name]) for column in COLUMNS.values())} |')
-  draw(results)
 
 
 # Panels of docs/growth.png: label of the axis, and the program at each point.
 PANELS = {
   'images a chip': {8: 'growth batch 8', 16: 'growth batch 16', 32: 'student base 32', 64: 'growth batch 64'},
-  'chips that share a batch of 2048': {n: f'base v5e {n}' for n in (16, 64, 256)},
-  'blocks': {6: 'growth depth 6', 12: 'student base 32', 24: 'growth depth 24'},
+  'chips that share a batch of 2048': {n: f'base v5e {n}' for n in (64, 256)},
   'image side, px': {224: 'growth batch 8', 384: 'growth size 384'},
 }
 
 
-def draw(results: dict) -> None:
+def draw() -> None:
   import matplotlib
 
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
-  figure, axes = pyplot.subplots(1, len(PANELS), figsize=(14, 3.2))
+  results = json.loads(RESULTS.read_text())
+  figure, axes = pyplot.subplots(1, len(PANELS), figsize=(12, 3.2))
   for axis, (label, programs) in zip(axes, PANELS.items()):
     points = {x: results[name] for x, name in programs.items() if name in results}
-    for what, style, key in (('compute', 'o-', 'seconds'), ("collectives at the links' bandwidth", 's--', 'collective_seconds')):
+    for what, style, key in (
+      ('compute', 'o-', 'seconds'),
+      ('transfers', 's--', 'collective_seconds'),
+      ('of these, with nothing computed beside', '^:', 'waited_seconds'),
+    ):
       axis.plot(points.keys(), [1e3 * r[key] / r['images_per_chip'] for r in points.values()], style, label=what)
     axis.set(xlabel=label, ylim=0, xscale='log' if 'chips' in label else 'linear', xticks=list(points), xticklabels=list(points))
     axis.minorticks_off()
@@ -162,11 +155,12 @@ def draw(results: dict) -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--print', action='store_true')
+  parser.add_argument('--draw', action='store_true')
   parser.add_argument('--only', default='', help='programs whose name contains this')
   args = parser.parse_args()
-  if not args.print:
+  if not (args.print or args.draw):
     compile_missing(args.only)
-  show()
+  draw() if args.draw else show()
 
 
 if __name__ == '__main__':
