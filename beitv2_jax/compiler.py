@@ -1,24 +1,30 @@
 """What to ask of the compiler, XLA, for each kind of chip."""
 
 import functools
+import operator
 import sys
 from typing import Any
 
 import jax
 
-# What XLA for TPUs does not do by itself where the state is split over the chips (docs/estimates.md, "Flags of the compiler").
-FOR_TPUS = {
+
+def asked_of_tpus(kind: str) -> list[dict[str, Any]]:
+  """What XLA for this kind of TPU does not do by itself where the state is split over the chips (docs/estimates.md, "Flags of the
+  compiler"). Options in one dictionary only help together."""
   # Sum a matrix's gradient over the chips after its product, and not in between parts of it.
-  'xla_tpu_enable_windowed_einsum_for_reduce_scatter': False,
+  asked: list[dict[str, Any]] = [{'xla_tpu_enable_windowed_einsum_for_reduce_scatter': False}]
   # Gather parameters as such, beside computing. Otherwise arrays that are zero but for a chip's own part are summed.
-  'xla_tpu_prefer_async_allgather_to_allreduce': True,
-}
-# Sum gradients beside computing, matrix by matrix. Otherwise all are summed when the last one is there. The compiler refuses it elsewhere.
-FOR_V5E = {
-  'xla_enable_async_all_reduce': True,
-  'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
-  'xla_jf_crs_combiner_threshold_in_bytes': 1_000_000,
-}
+  asked.append({'xla_tpu_prefer_async_allgather_to_allreduce': True})
+  if kind == 'TPU v5 lite':  # the compiler refuses it on others
+    # Sum gradients beside computing, matrix by matrix. Otherwise all are summed when the last one is there.
+    asked.append(
+      {
+        'xla_enable_async_all_reduce': True,
+        'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
+        'xla_jf_crs_combiner_threshold_in_bytes': 1_000_000,
+      }
+    )
+  return asked
 
 
 def options(config: Any, runs_once: bool = False, device: Any = None) -> dict[str, Any] | None:
@@ -33,20 +39,20 @@ def options(config: Any, runs_once: bool = False, device: Any = None) -> dict[st
   if device.platform == 'cpu' and runs_once:
     return dict(xla_backend_optimization_level=1)
   if device.platform == 'tpu':
-    asked = FOR_TPUS | (FOR_V5E if device.device_kind == 'TPU v5 lite' else {})
     level = dict(optimization_level=19) if quick else {}  # XLA's O1, as a number: jax 0.10 takes no name
-    return level | (dict(taken(tuple(asked.items()))) if here else asked)
+    together = taken(device.device_kind) if here else functools.reduce(operator.or_, asked_of_tpus(device.device_kind))
+    return level | together
   return None
 
 
 @functools.cache
-def taken(asked: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
-  """Those of the options that this process's compiler takes: they are libtpu's own, and it may drop one. Warns of the others."""
-  known = []
-  for name, value in asked:
+def taken(kind: str) -> dict[str, Any]:
+  """What of `asked_of_tpus` this process's compiler takes: they are libtpu's own options, and it may drop one. Warns of the others."""
+  known = {}
+  for options in asked_of_tpus(kind):
     try:
-      jax.jit(lambda x: x + 1, compiler_options={name: value}).lower(0).compile()
-      known.append((name, value))
+      jax.jit(lambda x: x + 1, compiler_options=options).lower(0).compile()
+      known |= options
     except jax.errors.JaxRuntimeError as e:
-      print(f'the TPU compiler does not take {name} (steps may be slower): {str(e).splitlines()[0][:200]}', file=sys.stderr)
-  return tuple(known)
+      print(f'the TPU compiler does not take {", ".join(options)} (steps may be slower): {str(e).splitlines()[0][:200]}', file=sys.stderr)
+  return known

@@ -35,17 +35,18 @@ def main() -> None:
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--out', type=Path, default=Path('runs/precision'))
   args = parser.parse_args()
+  runs = args.out / f'{args.steps}_steps'
   train('teacher', args.out / 'teacher', {})
   found: dict[tuple[str, str], list[dict[str, float]]] = {}
   differing = []
   for seed in range(args.seeds):
     for way, dtypes in WAYS.items():
       own = dtypes | {'seed': seed, 'steps': args.steps}
-      tokenizer, student = args.out / f'tokenizer_{way}_{seed}', args.out / f'student_{way}_{seed}'
+      tokenizer, student = runs / f'tokenizer_{way}_{seed}', runs / f'student_{way}_{seed}'
       found.setdefault(('tokenizer', way), []).append(train('vqkd', tokenizer, own | {'teacher.name': args.out / 'teacher' / 'hf'}))
-      codes_dtype = {'tokenizer_dtype': dtypes['dtype'], 'tokenizer_from': args.out / f'tokenizer_float32_{seed}'}
+      codes_dtype = {'tokenizer_dtype': dtypes['dtype'], 'tokenizer_from': runs / f'tokenizer_float32_{seed}'}
       found.setdefault(('student', way), []).append(train('pretrain', student, own | codes_dtype))
-    exact = beitv2_jax.load(args.out / f'tokenizer_float32_{seed}')
+    exact = beitv2_jax.load(runs / f'tokenizer_float32_{seed}')
     config = copy.deepcopy(exact.config).unlock()
     config.dtype = 'bfloat16'
     images = features.images_of(config, 'eval')[0]
