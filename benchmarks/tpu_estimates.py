@@ -54,6 +54,7 @@ def runs() -> dict[str, list[str]]:
     add(f'growth batch {n}', B16, 'v5e:2x2', 'student', *batch(4 * n))
   add('base v5e 16', B16, 'v5e:4x4', 'step', *batch(2048, 4))  # and on 64 and 256 chips, above
   add('growth size 384', B16, 'v5e:2x2', 'student', *batch(32), '--config.data.image_size=384', '--config.mask.count=220')
+  add('growth size 384, 32 images', B16, 'v5e:2x2', 'student', *batch(128, 4), '--config.data.image_size=384', '--config.mask.count=220')
   add('UperNet base v5e 4', 'configs/ade20k_b16.py', 'v5e:2x2', 'step', COPIED)
   for remat in ('dots', 'full'):
     add(f'remat {remat}', B16, 'v5e:2x2', 'student', *batch(128), f'--config.layers.remat={remat}')
@@ -142,7 +143,7 @@ def draw() -> None:
       ('transfers', 's--', 'collective_seconds'),
       ('of these, with nothing computed beside', '^:', 'waited_seconds'),
     ):
-      axis.plot(points.keys(), [1e3 * r[key] / r['images_per_chip'] for r in points.values()], style, label=what)
+      axis.plot(points.keys(), [1e3 * r.get(key, float('nan')) / r['images_per_chip'] for r in points.values()], style, label=what)
     axis.set(xlabel=label, ylim=0, xscale='log' if 'chips' in label else 'linear', xticks=list(points), xticklabels=list(points))
     axis.minorticks_off()
   axes[0].set_ylabel('ms an image on a chip')
