@@ -14,7 +14,7 @@ from unittest import mock
 
 import jax
 
-from beitv2_jax import recipes
+from beitv2_jax import compiler, recipes
 from beitv2_jax.costs import estimate
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     begun = time.monotonic(), time.process_time()
     lowered = estimate.lower(config, devices, part)[0]
     traced = time.process_time() - begun[1]
-    lowered.compile()
+    lowered.compile(compiler_options=compiler.options(config, runs_once=part == 'init', device=devices[0]))
     clock, cpu = time.monotonic() - begun[0], time.process_time() - begun[1]
     print(f'{part}: {cpu:.1f} s of CPU, of these {traced:.1f} traced; {clock:.1f} s', flush=True)
 
