@@ -49,10 +49,10 @@ def options(config: Any, runs_once: bool = False, device: Any = None) -> dict[st
 def taken(kind: str) -> dict[str, Any]:
   """What of `asked_of_tpus` this process's compiler takes: they are libtpu's own options, and it may drop one. Warns of the others."""
   known = {}
-  for options in asked_of_tpus(kind):
+  for group in asked_of_tpus(kind):
     try:
-      jax.jit(lambda x: x + 1, compiler_options=options).lower(0).compile()
-      known |= options
+      jax.jit(lambda x: x + 1, compiler_options=group).lower(0).compile()
+      known |= group
     except jax.errors.JaxRuntimeError as e:
-      print(f'the TPU compiler does not take {", ".join(options)} (steps may be slower): {str(e).splitlines()[0][:200]}', file=sys.stderr)
+      print(f'the TPU compiler does not take {", ".join(group)} (steps may be slower): {str(e).splitlines()[0][:200]}', file=sys.stderr)
   return known

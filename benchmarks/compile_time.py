@@ -8,7 +8,7 @@ left, and to read the program. Nothing is run, and no weights are needed. TPUs n
 schedules here, as it does for `python -m beitv2_jax aot`, which takes half as long again.
 """
 
-import sys
+import argparse
 import time
 from unittest import mock
 
@@ -19,10 +19,12 @@ from beitv2_jax.costs import estimate
 
 
 def main() -> None:
-  topologies = [a.partition('=')[2] for a in sys.argv[1:] if a.startswith('--topology=')]
-  config = recipes.from_arguments([a for a in sys.argv[1:] if not a.startswith('--topology=')])
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--topology', help='TPUs that are not there, such as v5e:2x2')
+  args, rest = parser.parse_known_args()
+  config = recipes.from_arguments(rest)
   with mock.patch.object(estimate, 'with_schedules', lambda flags: flags):
-    devices = estimate.topology_devices(topologies[0]) if topologies else jax.devices()[:1]
+    devices = estimate.topology_devices(args.topology) if args.topology else jax.devices()[:1]
   jax.config.update('jax_enable_compilation_cache', False)
   for part in ('init', 'step'):
     begun = time.monotonic(), time.process_time()

@@ -85,15 +85,20 @@ def compile_missing(only: str) -> None:
     )
 
 
+def number(key: str, form: str = '{:,.0f}', unit: int = 1):
+  """A column of figures, of which a row may lack one."""
+  return lambda r: form.format(r[key] / unit) if key in r else '–'
+
+
 COLUMNS = {
   'state': lambda r: '–' if '--part=frozen' in r['arguments'] else 'copied' if COPIED in r['arguments'] else 'split',
   'images a chip': lambda r: f'{r["images_per_chip"]:g}',
-  'images/s a chip': lambda r: f'{r["images_per_second_chip"]:,.0f}',
+  'images/s a chip': number('images_per_second_chip'),
   'of peak': lambda r: f'{100 * r["share_of_peak"]:.1f} %',
   'by instructions': lambda r: f'{100 * r["share_of_peak"] * r["cycles"] / r["issued"]:.1f} %' if r.get('issued') else '–',
-  'as scheduled': lambda r: f'{r["images_per_second_chip_scheduled"]:,.0f}' if 'images_per_second_chip_scheduled' in r else '–',
-  'if no collective hides': lambda r: f'{r["images_per_second_chip_no_overlap"]:,.0f}',
-  'GiB sent': lambda r: f'{r["collective_bytes"] / 2**30:.2f}',
+  'as scheduled': number('images_per_second_chip_scheduled'),
+  'if no collective hides': number('images_per_second_chip_no_overlap'),
+  'GiB sent': number('collective_bytes', '{:.2f}', 2**30),
   'parameters': lambda r: f'{r["memory"]["parameters"] / 2**30:.2f}',
   'optimizer': lambda r: f'{r["memory"]["optimizer"] / 2**30:.2f}',
   'temporaries': lambda r: f'{r["memory"]["temporary"] / 2**30:.2f}',
