@@ -16,7 +16,7 @@ from beitv2_jax.models import layers, vit
 from beitv2_jax.models.classifier import Classifier
 from beitv2_jax.models.layers import Execution
 from beitv2_jax.models.mim import MIM, code_loss, mask_from_index
-from beitv2_jax.models.upernet import Segmenter
+from beitv2_jax.models.upernet import Segmenter, convolve, resample
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.training import sharding
 
@@ -288,3 +288,20 @@ def test_a_jax_without_triton(monkeypatch):
   monkeypatch.setattr(functions.chip, 'refused', {})
   attention.check()
   assert 'no Triton for Pallas any more; plain XLA' in functions.chip.refused['attention']
+
+
+@pytest.mark.parametrize('sizes', [[(8, 8), (4, 4), (2, 2)], [(7, 5), (1, 1), (3, 4)]])
+def test_convolving_smaller_maps_is_convolving_them_resampled(sizes):
+  rng = np.random.default_rng(0)
+  maps = [jnp.asarray(rng.normal(size=(2, *size, channels)), jnp.float32) for size, channels in zip(sizes, (3, 4, 5))]
+  kernel = jnp.asarray(rng.normal(size=(3, 3, 12, 6)), jnp.float32)
+
+  def joined(kernel, x, *more):
+    x = jnp.concatenate([x, *(resample(m, x.shape[1:3]) for m in more)], -1)
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+  expected, back = jax.vjp(joined, kernel, *maps)
+  y, our_back = jax.vjp(lambda kernel, x, *more: convolve(x, kernel, *more), kernel, *maps)
+  np.testing.assert_allclose(y, expected, atol=2e-5)
+  for ours, gradient in zip(our_back(jnp.sin(y)), back(jnp.sin(y)), strict=True):
+    np.testing.assert_allclose(ours, gradient, atol=1e-4)

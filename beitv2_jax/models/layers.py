@@ -175,7 +175,8 @@ class Attention(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, bias=None, gamma=None):
+  def __call__(self, x, bias=None, gamma=None, rows=None):
+    """`rows`: see Block."""
     width = x.shape[-1]
     head_dim = width // self.heads
     heads = (self.heads, head_dim)
@@ -187,11 +188,17 @@ class Attention(nn.Module):
       own = RelPosBias(self.grid, self.heads, name='rel_pos_bias')()
       bias = own if bias is None else bias + own
     how = 'xla' if self.is_initializing() else self.implementation
-    y = attention.attend(x, qkv, q_bias, v_bias, bias, how)
+    y = pick(rows, attention.attend(x, qkv, q_bias, v_bias, bias, how))
     proj = nn.with_logical_partitioning(self.init.weight(width).scaled(self.proj_scale), ('heads', None, 'embed'))
     proj, proj_bias = self.param('proj', proj, (*heads, width)), self.param('proj_bias', self.init.bias(width), (width,))
     proj, proj_bias = scale_output(proj.reshape(width, width), proj_bias, gamma)
     return add_bias(jnp.dot(y, proj.astype(self.dtype)), proj_bias)
+
+
+def pick(rows: jax.Array | None, x: jax.Array) -> jax.Array:
+  """Tokens of x [B, T, D] by `rows`, a 0/1 matrix [B, R, T] (jax.nn.one_hot); all without one. Exact, and faster on accelerators than to
+  gather and, backward, to scatter."""
+  return x if rows is None else jnp.einsum('brt,btd->brd', rows, x, precision='highest' if x.dtype == jnp.float32 else None)
 
 
 def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
@@ -218,16 +225,17 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, bias=None, rate: float | jax.Array = 0.0, key: jax.Array | None = None):
-    """`rate` of drop path is used when a `key` is given."""
+  def __call__(self, x, bias=None, rate: float | jax.Array = 0.0, key: jax.Array | None = None, rows: jax.Array | None = None):
+    """`rate` of drop path is used when a `key` is given. With `rows` [B, R, T] (see `pick`) only those tokens of the result are made,
+    [B, R, D]: all tokens attend, and what comes after takes these."""
     width = x.shape[-1]
     out_scale = 1 / math.sqrt(2 * (self.index + 1))
     keys = (None, None) if key is None else jax.random.split(key)
     constant = nn.initializers.constant(self.layer_scale)
     gammas = [self.param(name, constant, (width,)) if self.layer_scale else None for name in ('gamma1', 'gamma2')]
     x, y = LayerNorm(self.dtype, name='norm1')(x, keep=True)
-    y = Attention(self.heads, self.init, out_scale, self.grid, self.attention, self.dtype, name='attn')(y, bias, gammas[0])
-    x = x + drop_path(y, rate, keys[0])
+    y = Attention(self.heads, self.init, out_scale, self.grid, self.attention, self.dtype, name='attn')(y, bias, gammas[0], rows)
+    x = pick(rows, x) + drop_path(y, rate, keys[0])
     x, y = LayerNorm(self.dtype, name='norm2')(x, keep=True)
     hidden = int(width * self.mlp_ratio)
     y = Linear(hidden, self.init, ('embed', 'mlp'), dtype=self.dtype, bias_by_product=True, name='fc1')(y)
@@ -258,19 +266,29 @@ class Execution:
 
 
 def apply_blocks(
-  block: Block, params: list[dict], x: jax.Array, bias: Any, rates: list[float], key: jax.Array | None, execution: Execution
+  block: Block,
+  params: list[dict],
+  x: jax.Array,
+  bias: Any,
+  rates: list[float],
+  key: jax.Array | None,
+  execution: Execution,
+  rows: jax.Array | None = None,
 ) -> jax.Array:
-  """`block` with each of `params` in turn, block i with drop path rate `rates[i]` and a key of its own."""
+  """`block` with each of `params` in turn, block i with drop path rate `rates[i]` and a key of its own. With `rows` the last makes only
+  those tokens."""
 
-  def apply(x, params, rate, key):
-    return block.apply({'params': params}, x, bias, rate, key)
+  def apply(x, params, rate, key, rows=None):
+    return block.apply({'params': params}, x, bias, rate, key, rows)
 
   policy = REMAT[execution.remat]
   one: Callable = jax.checkpoint(apply, policy=policy) if policy else apply
   keys = None if key is None else jax.random.split(key, len(params))
-  if execution.scan and len(params) > 1:
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-    return jax.lax.scan(lambda x, each: (one(x, *each), None), x, (stacked, jnp.asarray(rates), keys))[0]
-  for i, p in enumerate(params):
-    x = one(x, p, rates[i], keys[i] if keys is not None and rates[i] else None)
+  done, alike = 0, len(params) if rows is None else len(params) - 1
+  if execution.scan and alike > 1:
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params[:alike])
+    each = stacked, jnp.asarray(rates[:alike]), None if keys is None else keys[:alike]
+    x, done = jax.lax.scan(lambda x, each: (one(x, *each), None), x, each)[0], alike
+  for i in range(done, len(params)):
+    x = one(x, params[i], rates[i], keys[i] if keys is not None and rates[i] else None, rows if i == len(params) - 1 else None)
   return x

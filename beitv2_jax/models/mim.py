@@ -108,23 +108,31 @@ class MIM(nn.Module):
       **kwargs,
     )
 
-  def tokens(self, images, mask=None, taps=(), train: bool = False):
-    """Raw block outputs: (last [B, T, D], {block: [B, T, D]}, [last, aggregated] branch outputs)."""
+  def tokens(self, images, mask=None, taps=(), train: bool = False, index=None):
+    """Raw block outputs: (last [B, T, D], {block: [B, T, D]}, [last, aggregated] branch outputs).
+
+    With `index` [B, M] the last block of each branch makes only what the loss is about: outputs are [CLS] and those patches,
+    [B, 1 + M, D].
+    """
     taps = tuple(taps)
     early = (self.early_layer,) if self.head_layers else ()
-    x, states, bias = self.backbone(images, mask, taps + early, train)
+    rows = None
+    if index is not None:
+      rows = jax.nn.one_hot(jnp.pad(index + 1, ((0, 0), (1, 0))), 1 + self.grid[0] * self.grid[1], dtype=self.dtype)
+    x, states, bias = self.backbone(images, mask, taps + early, train, rows)
     branches = [x]
     if self.head_layers and self.is_initializing():
       for block in self.aggregation:
         x = block(x, bias)
       branches.append(x)
     elif self.head_layers:
-      y = jnp.where(jnp.arange(x.shape[1])[:, None] == 0, x, states[self.early_layer])
+      y = states[self.early_layer]
+      y = jnp.where(jnp.arange(y.shape[1])[:, None] == 0, x[:, :1], y)
       rates = drop_path_rates(self.drop_path, max(self.depth, self.early_layer + self.head_layers))
       rates = rates[self.early_layer : self.early_layer + self.head_layers]
       key = self.make_rng('drop_path') if train and any(rates) else None
       params = [self.variables['params'][f'aggregation_{k}'] for k in range(self.head_layers)]
-      branches.append(apply_blocks(self._block(0, parent=None), params, y, bias, rates, key, self.execution))
+      branches.append(apply_blocks(self._block(0, parent=None), params, y, bias, rates, key, self.execution, rows))
     return branches[0], {k: states[k] for k in taps if k in states}, branches
 
   def __call__(self, images, mask=None, index=None, labels=None, train: bool = False):
@@ -137,12 +145,7 @@ class MIM(nn.Module):
     """
     if mask is None and index is not None:
       mask = mask_from_index(index, self.grid[0] * self.grid[1])
-    branches = self.tokens(images, mask, train=train)[2]
-    if index is None:
-      branches = [y[:, 1:] for y in branches]
-    else:
-      chosen = jax.nn.one_hot(index + 1, branches[0].shape[1], dtype=self.dtype)
-      branches = [pick(chosen, y) for y in branches]
+    branches = [y[:, 1:] for y in self.tokens(images, mask, train=train, index=index)[2]]
     if self.head_layers and not self.shared_head:
       return jax.tree.map(
         lambda *x: jnp.stack(x),
@@ -156,8 +159,3 @@ class MIM(nn.Module):
       return head(x)
     products, bias = head(x, apart=True)
     return code_loss(products, bias, jnp.broadcast_to(labels, products.shape[:-1]))
-
-
-def pick(chosen: jax.Array, x: jax.Array) -> jax.Array:
-  """Rows of x [B, T, D] by a 0/1 matrix [B, M, T]: exact, and faster on accelerators than to gather and, backward, to scatter."""
-  return jnp.einsum('bmt,btd->bmd', chosen, x, precision='highest' if x.dtype == jnp.float32 else None)

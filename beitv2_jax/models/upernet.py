@@ -50,8 +50,8 @@ def convolve(x: jax.Array, kernel: jax.Array, *more: jax.Array) -> jax.Array:
     kernel: [K, K, C of all maps together, F], K odd.
 
   A smaller map is multiplied by the kernel as it is, and what each of the K·K matrices gives is resampled and moved to its place. That
-  is the same sum, for interpolating does not mix channels, and takes a third of the operations for a map of half the side, less for
-  smaller ones (which makes up most of UperNet's last convolution).
+  is the same sum, for resampling does not mix channels. With 768 channels it takes a third of the multiplications for a map of half
+  the side, fewer for smaller ones.
   """
   own, *others = jnp.split(kernel, np.cumsum([m.shape[-1] for m in (x, *more)])[:-1], axis=2)
   y = jax.lax.conv_general_dilated(x, own, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))

@@ -55,7 +55,8 @@ class ViT(nn.Module):
 
   Call: images [B, h, w, C] float, already normalised; `mask` [B, N] bool puts the mask token in place of patches.
   Returns `(tokens [B, T, D], states, bias)`: the last block's raw output (no norm), the raw outputs of the blocks
-  named in `taps` (1 is the first block), and the shared position bias [H, T, T] or None.
+  named in `taps` (1 is the first block), and the shared position bias [H, T, T] or None. With `rows` [B, R, T] (see layers.pick) the last
+  block makes only those tokens, [B, R, D].
   """
 
   width: int
@@ -74,7 +75,7 @@ class ViT(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, images, mask=None, taps: tuple[int, ...] = (), train: bool = False):
+  def __call__(self, images, mask=None, taps: tuple[int, ...] = (), train: bool = False, rows=None):
     here = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
     if here != self.grid and self.rel_pos != 'none':
       raise ValueError(f'this model has relative positions for a {self.grid} grid; the image gives {here}. Resize the image or the tables.')
@@ -106,6 +107,7 @@ class ViT(nn.Module):
       here = range(done, stop)
       part_key = key if key is None else jax.random.fold_in(key, done)
       here_params, here_rates = [params[f'block_{i}'] for i in here], [rates[i] for i in here]
-      x = apply_blocks(block(0, parent=None), here_params, x, bias, here_rates, part_key, self.execution)
+      chosen = rows if stop == self.depth else None
+      x = apply_blocks(block(0, parent=None), here_params, x, bias, here_rates, part_key, self.execution, chosen)
       states, done = states | {stop: x}, stop
     return x, {t: states[t] for t in taps}, bias

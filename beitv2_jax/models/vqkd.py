@@ -3,9 +3,11 @@
 Paper section 2.1. Images come in as [-1, 1]; the head that makes codes and the codebook are fp32 even when the blocks are bf16.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from beitv2_jax.models.layers import Execution, Init, LayerNorm, Linear
@@ -29,14 +31,16 @@ class TaskHead(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-  """A ViT with absolute positions whose output is its normed patch tokens [B, N, D]."""
+  """A ViT with absolute positions whose output is its normed patch tokens [B, N, D], of the patches `index` [B, M] if given."""
 
   vit: ViT
 
   @nn.compact
-  def __call__(self, x, train: bool = False):
-    tokens, _, _ = self.vit(x, train=train)
-    return LayerNorm(self.vit.dtype, name='norm')(tokens[:, 1:])
+  def __call__(self, x, train: bool = False, index=None):
+    patches = math.prod(n // self.vit.patch_size for n in x.shape[1:3])
+    rows = None if index is None else jax.nn.one_hot(index + 1, 1 + patches, dtype=self.vit.dtype)
+    tokens, _, _ = self.vit(x, train=train, rows=rows)
+    return LayerNorm(self.vit.dtype, name='norm')(tokens[:, 1:] if index is None else tokens)
 
 
 class VQKD(nn.Module):
@@ -83,9 +87,9 @@ class VQKD(nn.Module):
     self.decoder = PatchEncoder(vit('decoder', 1))
     self.decode_head = TaskHead(self.decoder_width, self.teacher_width, init, self.dtype)
 
-  def encode(self, images):
-    """[B, h, w, 3] in [-1, 1] → unit vectors [B, N, C]; of an FSQ tokenizer, points of its box."""
-    z = self.encode_head(self.encoder(images))
+  def encode(self, images, index=None):
+    """[B, h, w, 3] in [-1, 1] → unit vectors [B, N, C]; of an FSQ tokenizer, points of its box. Of the patches `index` [B, M] if given."""
+    z = self.encode_head(self.encoder(images, index=index))
     return fsq_bound(z, self.levels) if self.quantizer_kind == 'fsq' else l2norm(z)
 
   def encoder_states(self, images, taps=()):
@@ -98,9 +102,9 @@ class VQKD(nn.Module):
     x = quantized.reshape(quantized.shape[0], *grid, self.code_dim)
     return self.decode_head(self.decoder(x)).astype(jnp.float32)
 
-  def tokens(self, images):
-    """[B, h, w, 3] in [-1, 1] → codes [B, N], row by row."""
-    return self.quantizer(self.encode(images))[1]
+  def tokens(self, images, index=None):
+    """[B, h, w, 3] in [-1, 1] → codes [B, N], row by row; [B, M] of the patches `index` if given."""
+    return self.quantizer(self.encode(images, index))[1]
 
   def __call__(self, images):
     """→ dict of `features` [B, N, V], `codes` [B, N], `commitment` (scalar), `counts` [K], `sums` [K, C], `z` [B, N, C]."""

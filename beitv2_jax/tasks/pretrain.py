@@ -69,11 +69,13 @@ class PretrainTask(Task):
   def _forward(self, params, frozen, batch, **kwargs):
     """Per branch: cross-entropy [B, M] and whether the code was right [B, M]."""
     images = augment.color_jitter(batch['image'], batch['jitter'], batch['jitter_order']) if 'jitter' in batch else batch['image']
-    # Codes may come with the batch, made beforehand or, in costs/estimate.py, to look at the student alone.
-    codes = batch['codes'] if 'codes' in batch else self.tokenizer.apply(frozen, vqkd_images(images), method='tokens')
-    labels = jnp.take_along_axis(codes, batch['mask_index'], 1)
+    index = batch['mask_index']
+    if 'codes' in batch:  # made beforehand or, in costs/estimate.py, to look at the student alone
+      labels = jnp.take_along_axis(batch['codes'], index, 1)
+    else:
+      labels = self.tokenizer.apply(frozen, vqkd_images(images), index, method='tokens')
     images = network_images(images, self.config)
-    losses, hits = self.model.apply({'params': params}, images, index=batch['mask_index'], labels=labels, **kwargs)
+    losses, hits = self.model.apply({'params': params}, images, index=index, labels=labels, **kwargs)
     names = [str(i + 1) for i in range(len(losses))]
     return {f'loss_{n}': x for n, x in zip(names, losses)}, {f'mim_acc_{n}': 100 * x for n, x in zip(names, hits)}
 
