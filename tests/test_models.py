@@ -290,6 +290,36 @@ def test_a_jax_without_triton(monkeypatch):
   assert 'no Triton for Pallas any more; plain XLA' in functions.chip.refused['attention']
 
 
+@pytest.mark.parametrize('scan, head_layers', [(False, 2), (True, 2), (False, 0)])
+def test_tokens_that_no_loss_is_about_are_left_out_of_the_last_block(scan, head_layers):
+  model = MIM(32, 3, 2, 8, (3, 4), 16, 4.0, 0.1, 0.5, early_layer=2, head_layers=head_layers, execution=Execution(scan=scan))
+  images = jax.random.normal(jax.random.key(1), (3, 24, 32, 3))
+  index = jnp.array([[1, 4, 11], [0, 2, 3], [5, 6, 9]])
+  params = init(model, images)['params']
+  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+  def logits(params, everything):
+    if not everything:
+      return model.apply({'params': params}, images, index=index, train=True, rngs={'drop_path': jax.random.key(2)})
+    y = model.apply({'params': params}, images, mask_from_index(index, 12), train=True, rngs={'drop_path': jax.random.key(2)})
+    return jnp.take_along_axis(y, index[None, :, :, None], 2)
+
+  (y, gradient), (expected, expected_gradient) = (
+    jax.jit(jax.value_and_grad(lambda p, e=e: jnp.sin(logits(p, e)).sum()))(params) for e in (False, True)
+  )
+  np.testing.assert_allclose(y, expected, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient, expected_gradient)
+
+
+def test_codes_of_some_patches():
+  model = VQKD((3, 4), 8, 16, 4, 8, 32, 3, 2, 32, 1, 2)
+  images, index = jax.random.normal(jax.random.key(1), (2, 24, 32, 3)), jnp.array([[1, 4, 11], [0, 2, 3]])
+  variables = init(model, images)
+  codes = model.apply(variables, images, method='tokens')
+  np.testing.assert_array_equal(model.apply(variables, images, index, method='tokens'), jnp.take_along_axis(codes, index, 1))
+  assert len(np.unique(codes)) > 2
+
+
 @pytest.mark.parametrize('sizes', [[(8, 8), (4, 4), (2, 2)], [(7, 5), (1, 1), (3, 4)]])
 def test_convolving_smaller_maps_is_convolving_them_resampled(sizes):
   rng = np.random.default_rng(0)

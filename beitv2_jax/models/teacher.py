@@ -5,12 +5,13 @@ A teacher maps images [B, h, w, 3] in [0, 1] to features [B, N, V] on the studen
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beitv2_jax.errors import UserError
-from beitv2_jax.kernels import attention
+from beitv2_jax.kernels import attention, chip
 from beitv2_jax.models import vision_teachers
 from beitv2_jax.models.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalize
 from beitv2_jax.models.initializers import Draw, drawn_together
@@ -195,12 +196,17 @@ _ATTENTION = {
 
 def _our_layers(call, args, kwargs, context):
   """For flax's `intercept_methods`: `attention.attend` in the place of transformers' attention, which writes [T, T] out, and one product
-  in the place of the convolution that embeds patches.
+  in the place of the convolution that embeds patches. On TPUs an MLP's two products are kept apart: the compiler would make them one,
+  which takes longer (estimates.md).
 
   The bias of the keys adds the same to all logits of a query, so it can be left out.
   """
-  module = context.module
-  names = _ATTENTION.get(type(module).__name__)
+  module, kind = context.module, type(context.module).__name__
+  if kind == 'FlaxViTIntermediate' and context.method_name == '__call__':
+    return chip.kept_apart(call(*args, **kwargs))
+  if type(module.parent).__name__ == 'FlaxCLIPMLP' and module.name == 'fc2' and context.method_name == '__call__':
+    return call(chip.kept_apart(args[0]))
+  names = _ATTENTION.get(kind)
   patching = isinstance(module, nn.Conv) and tuple(module.strides or ()) == tuple(module.kernel_size)
   if context.method_name != '__call__' or not (names or patching) or kwargs.get('attention_mask') is not None:
     return call(*args, **kwargs)
@@ -211,12 +217,24 @@ def _our_layers(call, args, kwargs, context):
     y = jnp.dot(patches(x.astype(module.dtype), p), kernel.reshape(-1, width)) + bias
     return y.reshape(b, h // p, w // p, width)
   x, heads = x.astype(module.dtype), module.config.num_attention_heads
-  kernels = [params[n]['kernel'].astype(module.dtype) for n in names if n]
-  biases = [jnp.broadcast_to(params[n].get('bias', 0.0), k.shape[1:]).astype(module.dtype) for n, k in zip(names, kernels)]
-  head = lambda y: y.reshape(heads, -1)
-  qkv = jnp.stack(kernels[:3], 1).reshape(x.shape[-1], 3, heads, -1)
-  y = attention.attend(x, qkv, head(biases[0]), head(biases[2]), None)
-  return (y if names[3] is None else jnp.dot(y, kernels[3]) + biases[3],)
+  qkv = params['qkv'].astype(module.dtype).reshape(x.shape[-1], 3, heads, -1)
+  bias = lambda name: jnp.asarray(params[name].get('bias', 0.0)).astype(module.dtype)
+  head = lambda name: jnp.broadcast_to(bias(name), x.shape[-1:]).reshape(heads, -1)
+  y = attention.attend(x, qkv, head(names[0]), head(names[2]), None)
+  return (y if names[3] is None else jnp.dot(y, params[names[3]]['kernel'].astype(module.dtype)) + bias(names[3]),)
+
+
+def _joined(params: Any, stack: Callable = np.stack) -> Any:
+  """Parameters of transformers' model with the matrices of queries, keys and values as one, 'qkv' [D, 3, D], as `_our_layers` takes
+  them: joined once here, not in every step."""
+  if not isinstance(params, Mapping):
+    return params
+  for names in _ATTENTION.values():
+    if set(names[:3]) <= set(params):
+      kernels = [params[n]['kernel'] for n in names[:3]]
+      rest = {k: {n: x for n, x in v.items() if n != 'kernel'} if k in names[:3] else v for k, v in params.items()}
+      return rest | {'qkv': stack(kernels, 1)}
+  return {k: _joined(v, stack) for k, v in params.items()}
 
 
 def _input_size(config, grid) -> tuple[int, int]:
@@ -244,7 +262,7 @@ def _clip(model, params, grid, dtype):
     return jnp.dot(x, params['visual_projection']['kernel'].astype(dtype))
 
   params = {k: params[k] for k in ('vision_model', 'visual_projection')}
-  return Teacher(params['visual_projection']['kernel'].shape[1], apply), _numpy(params)
+  return Teacher(params['visual_projection']['kernel'].shape[1], apply), _ready(params)
 
 
 def _dino(model, params, grid, dtype):
@@ -264,11 +282,14 @@ def _dino(model, params, grid, dtype):
     with nn.intercept_methods(_our_layers):
       return module.apply({'params': params}, normalize(resized(images, size), IMAGENET_MEAN, IMAGENET_STD), method=tokens)
 
-  return Teacher(config.hidden_size, apply), _numpy(params)
+  return Teacher(config.hidden_size, apply), _ready(params)
 
 
-def _numpy(tree):
-  return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else np.asarray(x, np.float32), tree)
+def _ready(params):
+  """As `apply` takes them, in fp32; of shapes, shapes."""
+  if all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+    return jax.eval_shape(functools.partial(_joined, stack=jnp.stack), params)
+  return _joined(jax.tree.map(lambda x: np.asarray(x, np.float32), params))
 
 
 def _untrained():

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beitv2_jax.errors import UserError
+from beitv2_jax.kernels import attention, chip
 from beitv2_jax.models.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalize
 from beitv2_jax.models.layers import patches
 from beitv2_jax.models.vit import cubic_weights
@@ -338,11 +339,14 @@ def apply(spec: Spec, params: dict[str, Any], images: jax.Array, layers: tuple[i
 def _block(spec, p, x, turned, skipped, dtype):
   b, t, width = x.shape
   y = _norm(x, p['norm1'], spec.eps).astype(dtype)
-  q, k, v = jnp.moveaxis(_linear(y, p['qkv'], dtype).reshape(b, t, 3, spec.heads, -1), 2, 0)
-  if turned is not None:
+  if turned is None:
+    q_bias, _, v_bias = p['qkv']['bias'].reshape(3, spec.heads, -1)  # the keys' adds the same to all logits of a query
+    y = attention.attend(y, p['qkv']['weight'].astype(dtype).reshape(width, 3, spec.heads, -1), q_bias, v_bias, None)
+  else:
+    q, k, v = jnp.moveaxis(_linear(y, p['qkv'], dtype).reshape(b, t, 3, spec.heads, -1), 2, 0)
     q, k = _turn(q, turned, skipped), _turn(k, turned, skipped)
-  logits = jnp.einsum('bqhe,bkhe->bhqk', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-  y = jnp.einsum('bhqk,bkhe->bqhe', jax.nn.softmax(logits).astype(dtype), v).reshape(b, t, width)
+    logits = jnp.einsum('bqhe,bkhe->bhqk', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    y = jnp.einsum('bhqk,bkhe->bqhe', jax.nn.softmax(logits).astype(dtype), v).reshape(b, t, width)
   x = x + _linear(y, p['proj'], dtype) * p.get('scale1', jnp.ones(())).astype(dtype)
   y = _norm(x, p['norm2'], spec.eps).astype(dtype)
   act = ACTIVATIONS[spec.activation]
@@ -351,6 +355,7 @@ def _block(spec, p, x, turned, skipped, dtype):
     hidden = act(_linear(y, p['gate'], dtype)) * _linear(y, p['fc1'], dtype)
   else:
     hidden = act(_linear(y, p['fc1'], dtype))
+  hidden = chip.kept_apart(hidden)  # or the compiler makes both products one, which takes longer (estimates.md)
   return x + _linear(hidden, p['fc2'], dtype) * p.get('scale2', jnp.ones(())).astype(dtype)
 
 
