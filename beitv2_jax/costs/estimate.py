@@ -128,8 +128,8 @@ def trace(config: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
       return layout.init.trace(key), mesh, state
     if part == 'frozen':
       tokenizer: Any = task.tokenizer  # ty: ignore[missing-attribute]
-      codes = jax.jit(lambda frozen, image: tokenizer.apply(frozen, vqkd_images(image), method='tokens'))
-      return codes.trace(frozen, batch['image']), mesh, TrainState(state.step, frozen, {}, {})
+      codes = jax.jit(lambda frozen, image, index: tokenizer.apply(frozen, vqkd_images(image), index, method='tokens'))
+      return codes.trace(frozen, batch['image'], batch['mask_index']), mesh, TrainState(state.step, frozen, {}, {})
     step = make_train_step(task, optimizer, schedule, config.accumulate, layout)
     step = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, everywhere))
     return step.trace(state, {} if part == 'student' else frozen, batch, key), mesh, state
