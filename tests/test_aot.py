@@ -127,16 +127,17 @@ def test_a_device_is_a_chip(monkeypatch):
 @pytest.mark.parametrize(
   'recipe, part, changes, low, high',
   [
-    (beitv2_b16, 'student', {}, 0.999, 1.001),
-    (beitv2_b16, 'student', {'accumulate': 2}, 0.999, 1.001),
-    (beitv2_b16, 'student', {'scan': True}, 0.999, 1.001),
-    (beitv2_b16, 'student', {'remat': 'full'}, 1.2, 1.3),  # the blocks' forward once more
-    (beitv2_b16, 'student', {'attention': 'tpu'}, 0.999, 1.1),  # the kernel works on whole registers
+    # What the last blocks leave out (tests/test_flops.py), and picking tokens, which the formula does not count.
+    (beitv2_b16, 'student', {}, 0.940, 0.942),
+    (beitv2_b16, 'student', {'accumulate': 2}, 0.940, 0.942),
+    (beitv2_b16, 'student', {'scan': True}, 0.940, 0.942),
+    (beitv2_b16, 'student', {'remat': 'full'}, 1.13, 1.23),  # the blocks' forward once more
+    (beitv2_b16, 'student', {'attention': 'tpu'}, 0.942, 1.04),  # the kernel works on whole registers
     (vqkd_b16, 'step', {}, 0.999, 1.003),
     (finetune_b16, 'step', {}, 0.999, 1.001),
   ],
 )
-def test_operations_in_the_program_are_those_of_the_formula(recipe, part, changes, low, high):
+def test_operations_in_the_program_against_the_formula(recipe, part, changes, low, high):
   c = recipe.get_config().unlock()
   c.batch_size = 16
   c.accumulate = changes.pop('accumulate', 1)

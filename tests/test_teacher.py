@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from beitv2_jax.errors import UserError
+from beitv2_jax.kernels import chip
 from beitv2_jax.models import images as images_lib
 from beitv2_jax.models import teacher
 from beitv2_jax.models.vit import resize_pos_embed
@@ -129,3 +130,12 @@ def test_a_teacher_of_ones_own_in_one_file(tmp_path):
       loop.run(smoke('tokenizer', teacher__kind='python', teacher__name=str(tmp_path / 'mine.py')), tmp_path / 'other')
   with pytest.raises(UserError, match='no such file; teacher.kind=python takes'):
     loop.run(smoke('tokenizer', teacher__kind='python', teacher__name='/nowhere.py'), tmp_path / 'other')
+
+
+@pytest.mark.parametrize('kind', ['clip', 'dino'])
+def test_an_mlps_products_stay_apart_in_every_block(kind, monkeypatch):
+  seen = []
+  monkeypatch.setattr(chip, 'kept_apart', lambda x: seen.append(x.shape) or x)
+  opened, params = teacher.abstract(kind, '', (14, 14))
+  jax.eval_shape(opened.apply, params, jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))
+  assert seen == [(1, 197, 3072)] * 12

@@ -1,7 +1,8 @@
 """Floating-point operations a model needs for one image, by formula: two for every multiply-add of a matrix product.
 
-Only what the method needs: no recomputation, no norms, activations or softmax. A trained part counts three times its forward
-(once forward, twice backward), a frozen one once.
+What the published models multiply: no recomputation, no norms, activations or softmax. A trained part counts three times its forward
+(once forward, twice backward), a frozen one once. Ours come to the same numbers with fewer where they can (docs/estimates.md), so a
+share of peak by these compares with others', and is above what the chip's matrix units do.
 """
 
 import math

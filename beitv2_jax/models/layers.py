@@ -256,7 +256,7 @@ REMAT = {
 class Execution:
   """How a stack of blocks is run; the result is the same.
 
-  `scan` compiles one block instead of all, at the price of stacking the parameters in every step. `remat` is one of REMAT,
+  `scan` compiles one block instead of all that are alike, at the price of stacking the parameters in every step. `remat` is one of REMAT,
   `attention` one of attention.attend's.
   """
 

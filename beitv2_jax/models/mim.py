@@ -1,5 +1,6 @@
 """The masked image modelling model with patch aggregation (paper sections 2.2 and 2.3)."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from beitv2_jax.kernels import chip
 from beitv2_jax.kernels.functions import sum_rows
-from beitv2_jax.models.layers import Block, Execution, Init, LayerNorm, Linear, apply_blocks
+from beitv2_jax.models.layers import Block, Execution, Init, LayerNorm, Linear, apply_blocks, pick
 from beitv2_jax.models.vit import ViT, drop_path_rates
 
 
@@ -111,20 +112,22 @@ class MIM(nn.Module):
   def tokens(self, images, mask=None, taps=(), train: bool = False, index=None):
     """Raw block outputs: (last [B, T, D], {block: [B, T, D]}, [last, aggregated] branch outputs).
 
-    With `index` [B, M] the last block of each branch makes only what the loss is about: outputs are [CLS] and those patches,
+    With `index` [B, M] the last block of each branch makes only what the loss is about: branch outputs are [CLS] and those patches,
     [B, 1 + M, D].
     """
     taps = tuple(taps)
     early = (self.early_layer,) if self.head_layers else ()
     rows = None
     if index is not None:
-      rows = jax.nn.one_hot(jnp.pad(index + 1, ((0, 0), (1, 0))), 1 + self.grid[0] * self.grid[1], dtype=self.dtype)
-    x, states, bias = self.backbone(images, mask, taps + early, train, rows)
+      patches = math.prod(n // self.patch_size for n in images.shape[1:3])
+      rows = jax.nn.one_hot(jnp.pad(index + 1, ((0, 0), (1, 0))), 1 + patches, dtype=self.dtype)
+    both_here = self.head_layers and self.is_initializing()  # the aggregation blocks follow the last one then
+    x, states, bias = self.backbone(images, mask, taps + early, train, None if both_here else rows)
     branches = [x]
-    if self.head_layers and self.is_initializing():
+    if both_here:
       for block in self.aggregation:
         x = block(x, bias)
-      branches.append(x)
+      branches = [pick(rows, y) for y in (*branches, x)]
     elif self.head_layers:
       y = states[self.early_layer]
       y = jnp.where(jnp.arange(y.shape[1])[:, None] == 0, x[:, :1], y)

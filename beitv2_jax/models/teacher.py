@@ -197,18 +197,20 @@ _ATTENTION = {
 def _our_layers(call, args, kwargs, context):
   """For flax's `intercept_methods`: `attention.attend` in the place of transformers' attention, which writes [T, T] out, and one product
   in the place of the convolution that embeds patches. On TPUs an MLP's two products are kept apart: the compiler would make them one,
-  which takes longer (estimates.md).
+  which takes longer (docs/estimates.md).
 
-  The bias of the keys adds the same to all logits of a query, so it can be left out.
+  Vision models mask no token. The bias of the keys adds the same to all logits of a query, so it can be left out.
   """
   module, kind = context.module, type(context.module).__name__
-  if kind == 'FlaxViTIntermediate' and context.method_name == '__call__':
-    return chip.kept_apart(call(*args, **kwargs))
-  if type(module.parent).__name__ == 'FlaxCLIPMLP' and module.name == 'fc2' and context.method_name == '__call__':
-    return call(chip.kept_apart(args[0]))
   names = _ATTENTION.get(kind)
   patching = isinstance(module, nn.Conv) and tuple(module.strides or ()) == tuple(module.kernel_size)
-  if context.method_name != '__call__' or not (names or patching) or kwargs.get('attention_mask') is not None:
+  if context.method_name != '__call__':
+    return call(*args, **kwargs)
+  if kind == 'FlaxViTIntermediate':
+    return chip.kept_apart(call(*args, **kwargs))
+  if type(module.parent).__name__ == 'FlaxCLIPMLP' and module.name == 'fc2':
+    return call(chip.kept_apart(args[0]))
+  if not (names or patching):
     return call(*args, **kwargs)
   x, params = args[0] if args else kwargs['hidden_states'], module.variables['params']
   if not names:

@@ -355,7 +355,7 @@ def _block(spec, p, x, turned, skipped, dtype):
     hidden = act(_linear(y, p['gate'], dtype)) * _linear(y, p['fc1'], dtype)
   else:
     hidden = act(_linear(y, p['fc1'], dtype))
-  hidden = chip.kept_apart(hidden)  # or the compiler makes both products one, which takes longer (estimates.md)
+  hidden = chip.kept_apart(hidden)  # or the compiler makes both products one, which takes longer (docs/estimates.md)
   return x + _linear(hidden, p['fc2'], dtype) * p.get('scale2', jnp.ones(())).astype(dtype)
 
 

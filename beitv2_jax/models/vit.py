@@ -56,7 +56,7 @@ class ViT(nn.Module):
   Call: images [B, h, w, C] float, already normalised; `mask` [B, N] bool puts the mask token in place of patches.
   Returns `(tokens [B, T, D], states, bias)`: the last block's raw output (no norm), the raw outputs of the blocks
   named in `taps` (1 is the first block), and the shared position bias [H, T, T] or None. With `rows` [B, R, T] (see layers.pick) the last
-  block makes only those tokens, [B, R, D].
+  block makes only those tokens, [B, R, D], and cannot be among the taps.
   """
 
   width: int
@@ -79,6 +79,8 @@ class ViT(nn.Module):
     here = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
     if here != self.grid and self.rel_pos != 'none':
       raise ValueError(f'this model has relative positions for a {self.grid} grid; the image gives {here}. Resize the image or the tables.')
+    if rows is not None and self.depth in taps:
+      raise ValueError(f'block {self.depth} of {self.depth} makes only the tokens of `rows`; it cannot be tapped.')
     x = PatchEmbed(self.width, self.patch_size, self.init, self.dtype, name='patch_embed')(images)
     token = nn.with_logical_partitioning(self.init.token, (None, None, 'embed'))
     if self.mask_token:
@@ -99,7 +101,7 @@ class ViT(nn.Module):
 
     if self.is_initializing():
       for i in range(self.depth):
-        x = block(i, name=f'block_{i}')(x, bias)
+        x = block(i, name=f'block_{i}')(x, bias, rows=rows if i == self.depth - 1 else None)
       return x, {}, bias
     key = self.make_rng('drop_path') if train and any(rates) else None
     params, states, done = self.variables['params'], {}, 0
