@@ -97,20 +97,22 @@ class RelPosBias(nn.Module):
 
 
 def spread_table(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """table[relative_position_index(grid)] as [H, T, T], by two products with 0/1 matrices, one an axis of the grid.
+  """table[relative_position_index(grid)] as [H, T, T], without gathering T² rows or scattering their gradients, which is slow on
+  accelerators.
 
-  They are exact, and a small fraction of what gathering T² rows, and scattering their gradients, takes on an accelerator.
+  Columns of the grid come by a product with a 0/1 matrix, which is exact. With the offsets of rows turned around (by another), what the
+  queries of one row of the grid see is then a window of the result, one row further on for the row above.
   """
   (gh, gw), heads = grid, table.shape[1]
-  offsets = lambda n: (np.arange(n)[:, None] - np.arange(n) + n - 1).ravel()
-  rows, cols = (np.eye(2 * n - 1, dtype=np.float32)[:, offsets(n)] for n in grid)
   body = table[:-3].T.reshape(heads, 2 * gh - 1, 2 * gw - 1)
-  body = jnp.einsum('hab,ap,bq->hpq', body, rows, cols, precision='highest').reshape(heads, gh, gh, gw, gw)
-  body = body.transpose(0, 1, 3, 2, 4).reshape(heads, gh * gw, gh * gw)
+  turned = np.eye(2 * gh - 1, dtype=np.float32)[::-1]
+  cols = np.eye(2 * gw - 1, dtype=np.float32)[:, np.arange(gw)[:, None] - np.arange(gw) + gw - 1]
+  seen = jnp.einsum('hab,ac,bqk->hqck', body, turned, cols, precision='highest').reshape(heads, gw, -1)
   from_cls, to_cls, both = (table[i - 3][:, None, None] for i in range(3))
   first = jnp.concatenate([both, jnp.broadcast_to(from_cls, (heads, 1, gh * gw))], 2)
-  rest = jnp.concatenate([jnp.broadcast_to(to_cls, (heads, gh * gw, 1)), body], 2)
-  return jnp.concatenate([first, rest], 1)
+  to_cls = jnp.broadcast_to(to_cls, (heads, gw, 1))
+  starts = [(gh - 1 - row) * gw for row in range(gh)]
+  return jnp.concatenate([first, *(jnp.concatenate([to_cls, seen[:, :, i : i + gh * gw]], 2) for i in starts)], 1)
 
 
 def patches(images: jax.Array, size: int) -> jax.Array:

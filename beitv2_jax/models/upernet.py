@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beitv2_jax.kernels import chip
 from beitv2_jax.kernels.functions import gelu
 from beitv2_jax.models.initializers import Draw, uniform
 from beitv2_jax.models.layers import Execution
@@ -72,7 +73,8 @@ def _moved(weights: np.ndarray, taps: int) -> np.ndarray:
 class BatchNorm(nn.Module):
   """Batch norm over all images of the global batch, eps 1e-5, momentum 0.1, fp32.
 
-  As in torch, the batch's biased variance normalises and the unbiased one goes into the running average.
+  As in torch, the batch's biased variance normalises and the unbiased one goes into the running average. As in `normalize_layer`, it takes
+  a second pass unless products are rounded anyway.
   """
 
   dtype: Any = jnp.float32
@@ -83,11 +85,12 @@ class BatchNorm(nn.Module):
     scale, bias = self.param('scale', nn.initializers.ones, shape), self.param('bias', nn.initializers.zeros, shape)
     mean = self.variable('batch_stats', 'mean', jnp.zeros, shape)
     var = self.variable('batch_stats', 'var', jnp.ones, shape)
+    rounded = x.dtype != jnp.float32 or chip.rounded_products()
     x = x.astype(jnp.float32)
     m, v = mean.value, var.value
     if train:
       m = x.mean((0, 1, 2))
-      v = jnp.square(x - m).mean((0, 1, 2))
+      v = jnp.maximum(jnp.square(x).mean((0, 1, 2)) - m * m, 0) if rounded else jnp.square(x - m).mean((0, 1, 2))
       if not self.is_initializing():
         count = x.size // x.shape[-1]
         mean.value = 0.9 * mean.value + 0.1 * m
