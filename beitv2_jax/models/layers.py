@@ -100,19 +100,19 @@ def spread_table(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
   """table[relative_position_index(grid)] as [H, T, T], without gathering T² rows or scattering their gradients, which is slow on
   accelerators.
 
-  Columns of the grid come by a product with a 0/1 matrix, which is exact. With the offsets of rows turned around (by another), what the
-  queries of one row of the grid see is then a window of the result, one row further on for the row above.
+  Columns of the grid come by a product with a 0/1 matrix, which is exact. What all queries get from the keys of one row of the grid is then
+  a window of the result, one row further back for the row below. So [H, keys, queries] comes first, as the TPU kernel takes it.
   """
   (gh, gw), heads = grid, table.shape[1]
   body = table[:-3].T.reshape(heads, 2 * gh - 1, 2 * gw - 1)
-  turned = np.eye(2 * gh - 1, dtype=np.float32)[::-1]
-  cols = np.eye(2 * gw - 1, dtype=np.float32)[:, np.arange(gw)[:, None] - np.arange(gw) + gw - 1]
-  seen = jnp.einsum('hab,ac,bqk->hqck', body, turned, cols, precision='highest').reshape(heads, gw, -1)
+  cols = np.eye(2 * gw - 1, dtype=np.float32)[:, np.arange(gw) - np.arange(gw)[:, None] + gw - 1]  # [offset, key, query]
+  all_rows = jnp.einsum('hab,bkq->hkaq', body, cols, precision='highest').reshape(heads, gw, -1)
   from_cls, to_cls, both = (table[i - 3][:, None, None] for i in range(3))
-  first = jnp.concatenate([both, jnp.broadcast_to(from_cls, (heads, 1, gh * gw))], 2)
-  to_cls = jnp.broadcast_to(to_cls, (heads, gw, 1))
+  first = jnp.concatenate([both, jnp.broadcast_to(to_cls, (heads, 1, gh * gw))], 2)
+  from_cls = jnp.broadcast_to(from_cls, (heads, gw, 1))
   starts = [(gh - 1 - row) * gw for row in range(gh)]
-  return jnp.concatenate([first, *(jnp.concatenate([to_cls, seen[:, :, i : i + gh * gw]], 2) for i in starts)], 1)
+  by_key = jnp.concatenate([first, *(jnp.concatenate([from_cls, all_rows[:, :, i : i + gh * gw]], 2) for i in starts)], 1)
+  return by_key.swapaxes(1, 2)
 
 
 def patches(images: jax.Array, size: int) -> jax.Array:
