@@ -55,8 +55,8 @@ def runs() -> dict[str, list[str]]:
   add('base v5e 16', B16, 'v5e:4x4', 'step', *batch(2048, 4))  # and on 64 and 256 chips, above
   add('growth size 384', B16, 'v5e:2x2', 'student', *batch(32), '--config.data.image_size=384', '--config.mask.count=220')
   add('growth size 384, 32 images', B16, 'v5e:2x2', 'student', *batch(128, 4), '--config.data.image_size=384', '--config.mask.count=220')
-  add('fine-tuning base v5e 4', 'configs/finetune_b16.py', 'v5e:2x2', 'step', *batch(512, 4))
-  add('fine-tuning base v5e 4, 384 px', 'configs/finetune_b16.py', 'v5e:2x2', 'step', *batch(128, 4), '--config.data.image_size=384')
+  add('fine-tuning base v5e 4', 'configs/finetune_b16.py', 'v5e:2x2', 'step', *batch(1024, 4))
+  add('fine-tuning base v5e 4, 384 px', 'configs/finetune_b16.py', 'v5e:2x2', 'step', *batch(1024, 16), '--config.data.image_size=384')
   add('UperNet base v5e 4', 'configs/ade20k_b16.py', 'v5e:2x2', 'step')
   for remat in ('dots', 'full'):
     add(f'remat {remat}', B16, 'v5e:2x2', 'student', *batch(128), f'--config.layers.remat={remat}')
