@@ -50,7 +50,7 @@ def test_a_segmenter_does_fewer(monkeypatch):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
   monkeypatch.setattr(upernet, 'convolve', as_published)
-  assert formula < counted(from_config.build(c), size=512) < 1.1 * formula  # resizing by matrices is most of the rest
+  assert 0.99 * formula < counted(from_config.build(c), size=512) < 1.1 * formula  # XLA leaves out the zeros around convolutions
 
 
 def test_pretraining_does_fewer():
