@@ -134,7 +134,13 @@ def test_a_device_is_a_chip(monkeypatch):
     (beitv2_b16, 'student', {'remat': 'full'}, 1.13, 1.23),  # the blocks' forward once more
     (beitv2_b16, 'student', {'attention': 'tpu'}, 0.942, 1.04),  # the kernel works on whole registers
     (vqkd_b16, 'step', {}, 0.999, 1.003),
-    (finetune_b16, 'step', {}, 0.9975, 1.001),  # the formula has a gradient of the images, 0.2 %, which nobody takes
+    (
+      finetune_b16,
+      'step',
+      {},
+      0.9985,
+      0.9995,
+    ),  # the formula has a gradient of the images, 0.2 %, which nobody takes; biases of positions it has not
   ],
 )
 def test_operations_in_the_program_against_the_formula(recipe, part, changes, low, high):

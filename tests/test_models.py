@@ -323,18 +323,20 @@ def test_codes_of_some_patches():
   assert len(np.unique(codes)) > 2
 
 
+def convolve_as_published(x, kernel, *more):
+  x = jnp.concatenate([x, *(resample(m, x.shape[1:3]) for m in more)], -1)
+  return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
 @pytest.mark.parametrize('sizes', [[(8, 8), (4, 4), (2, 2)], [(7, 5), (1, 1), (3, 4)]])
 def test_convolving_smaller_maps_is_convolving_them_resampled(sizes):
   rng = np.random.default_rng(0)
   maps = [jnp.asarray(rng.normal(size=(2, *size, channels)), jnp.float32) for size, channels in zip(sizes, (3, 4, 5))]
   kernel = jnp.asarray(rng.normal(size=(3, 3, 12, 6)), jnp.float32)
 
-  def joined(kernel, x, *more):
-    x = jnp.concatenate([x, *(resample(m, x.shape[1:3]) for m in more)], -1)
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-
-  expected, back = jax.vjp(joined, kernel, *maps)
-  y, our_back = jax.vjp(lambda kernel, x, *more: convolve(x, kernel, *more), kernel, *maps)
+  x, *more = maps
+  expected, back = jax.vjp(convolve_as_published, x, kernel, *more)
+  y, our_back = jax.vjp(convolve, x, kernel, *more)
   np.testing.assert_allclose(y, expected, atol=2e-5)
   for ours, gradient in zip(our_back(jnp.sin(y)), back(jnp.sin(y)), strict=True):
     np.testing.assert_allclose(ours, gradient, atol=1e-4)
@@ -345,8 +347,6 @@ def test_convolving_smaller_maps_rounds_no_worse_in_bf16():
   maps = [jnp.asarray(rng.normal(size=(1, n, n, 64)), jnp.float32) for n in (16, 8, 4)]
   kernel = jnp.asarray(rng.normal(size=(3, 3, 192, 32)), jnp.float32)
   expected, half = convolve(maps[0], kernel, *maps[1:]), lambda x: x.astype(jnp.bfloat16)
-  joined = jnp.concatenate([half(maps[0]), *(resample(half(m), (16, 16)) for m in maps[1:])], -1)
-  published = jax.lax.conv_general_dilated(joined, half(kernel), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-  ours = convolve(half(maps[0]), half(kernel), *map(half, maps[1:]))
+  published, ours = (f(half(maps[0]), half(kernel), *map(half, maps[1:])) for f in (convolve_as_published, convolve))
   off = lambda y: float(jnp.sqrt(jnp.mean((y.astype(jnp.float32) - expected) ** 2) / jnp.mean(expected**2)))
   assert off(ours) < 1.5 * off(published) < 0.01

@@ -198,9 +198,12 @@ class Attention(nn.Module):
 
 
 def pick(rows: jax.Array | None, x: jax.Array) -> jax.Array:
-  """Tokens of x [B, T, D] by `rows`, a 0/1 matrix [B, R, T] (jax.nn.one_hot); all without one. Exact, and faster on accelerators than to
-  gather and, backward, to scatter."""
-  return x if rows is None else jnp.einsum('brt,btd->brd', rows, x, precision='highest' if x.dtype == jnp.float32 else None)
+  """The tokens `rows` [B, R] of x [B, T, D]; all if it is None. By a 0/1 matrix: exact, and faster on accelerators than to gather and,
+  backward, to scatter."""
+  if rows is None:
+    return x
+  chosen = jax.nn.one_hot(rows, x.shape[1], dtype=x.dtype)
+  return jnp.einsum('brt,btd->brd', chosen, x, precision='highest' if x.dtype == jnp.float32 else None)
 
 
 def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
@@ -228,8 +231,8 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, bias=None, rate: float | jax.Array = 0.0, key: jax.Array | None = None, rows: jax.Array | None = None):
-    """`rate` of drop path is used when a `key` is given. With `rows` [B, R, T] (see `pick`) only those tokens of the result are made,
-    [B, R, D]: all tokens attend, and what comes after takes these."""
+    """`rate` of drop path is used when a `key` is given. With `rows` [B, R] only those tokens of the result are made, [B, R, D]:
+    all tokens attend, and what comes after takes these."""
     width = x.shape[-1]
     out_scale = 1 / math.sqrt(2 * (self.index + 1))
     keys = (None, None) if key is None else jax.random.split(key)

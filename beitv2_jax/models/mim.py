@@ -1,6 +1,5 @@
 """The masked image modelling model with patch aggregation (paper sections 2.2 and 2.3)."""
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -117,10 +116,7 @@ class MIM(nn.Module):
     """
     taps = tuple(taps)
     early = (self.early_layer,) if self.head_layers else ()
-    rows = None
-    if index is not None:
-      patches = math.prod(n // self.patch_size for n in images.shape[1:3])
-      rows = jax.nn.one_hot(jnp.pad(index + 1, ((0, 0), (1, 0))), 1 + patches, dtype=self.dtype)
+    rows = None if index is None else jnp.pad(index + 1, ((0, 0), (1, 0)))  # [CLS] is 0
     both_here = self.head_layers and self.is_initializing()  # the aggregation blocks follow the last one then
     x, states, bias = self.backbone(images, mask, taps + early, train, None if both_here else rows)
     branches = [x]

@@ -55,8 +55,8 @@ class ViT(nn.Module):
 
   Call: images [B, h, w, C] float, already normalised; `mask` [B, N] bool puts the mask token in place of patches.
   Returns `(tokens [B, T, D], states, bias)`: the last block's raw output (no norm), the raw outputs of the blocks
-  named in `taps` (1 is the first block), and the shared position bias [H, T, T] or None. With `rows` [B, R, T] (see layers.pick) the last
-  block makes only those tokens, [B, R, D], and cannot be among the taps.
+  named in `taps` (1 is the first block), and the shared position bias [H, T, T] or None. With `rows` [B, R] the last block makes
+  only those tokens, [B, R, D], and cannot be among the taps.
   """
 
   width: int

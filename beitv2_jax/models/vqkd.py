@@ -3,11 +3,9 @@
 Paper section 2.1. Images come in as [-1, 1]; the head that makes codes and the codebook are fp32 even when the blocks are bf16.
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from beitv2_jax.models.layers import Execution, Init, LayerNorm, Linear
@@ -37,9 +35,7 @@ class PatchEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, x, train: bool = False, index=None):
-    patches = math.prod(n // self.vit.patch_size for n in x.shape[1:3])
-    rows = None if index is None else jax.nn.one_hot(index + 1, 1 + patches, dtype=self.vit.dtype)
-    tokens, _, _ = self.vit(x, train=train, rows=rows)
+    tokens, _, _ = self.vit(x, train=train, rows=None if index is None else index + 1)
     return LayerNorm(self.vit.dtype, name='norm')(tokens[:, 1:] if index is None else tokens)
 
 
