@@ -48,9 +48,10 @@ def train(argv: list[str]) -> None:
     loop.run(config, workdir, about)
   except Exception as e:
     peers.wait_for_verdict(e)
-    raise
+    raise  # `main` says what it was, and leaves the other processes
   finally:
-    peers.finished()
+    if not isinstance(sys.exc_info()[1], Exception):
+      peers.finished()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,9 +61,16 @@ def main(argv: list[str] | None = None) -> None:
   try:
     app.run(train, argv=argv, flags_parser=recipes.parse)
   except UserError as e:
-    sys.exit(_error(e, 2))
+    code = _error(e, 2)
   except (FloatingPointError, RunFailed) as e:
-    sys.exit(_error(e, 1))
+    code = _error(e, 1)
+  except Exception as e:
+    _leave_others(1, e)
+    raise
+  else:
+    return
+  _leave_others(code)
+  sys.exit(code)
 
 
 def _error(e: Exception, code: int) -> int:
@@ -70,6 +78,11 @@ def _error(e: Exception, code: int) -> int:
     traceback.print_exception(e)
   print(f'error: {e}', file=sys.stderr)
   return code
+
+
+def _leave_others(code: int, unforeseen: Exception | None = None) -> None:
+  if peers := sys.modules.get('beitv2_jax.training.peers'):  # no reason to import JAX: a wrong word on the command line is said at once
+    peers.leave(code, unforeseen)
 
 
 def _stop_at_once(*_) -> None:

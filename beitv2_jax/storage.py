@@ -140,7 +140,7 @@ class Mirror:
 
   def __init__(self, workdir: Any, every: float = SEND_EVERY):
     self.workdir, self.folder = workdir, workdir
-    self.sent: dict[Path, tuple[int, int]] = {}  # (bytes, time of the last change) of what the bucket has
+    self.sent: dict[Path, tuple[int, int]] = {}  # version (bytes, time of the last change) of what the bucket has
     self.lock, self.stop, self.thread = threading.Lock(), threading.Event(), None
     if in_bucket(workdir):
       self.folder = Path(tempfile.mkdtemp(prefix='beitv2_jax-'))
@@ -152,6 +152,9 @@ class Mirror:
       with reaching(self.workdir / name):
         if (self.workdir / name).exists():
           (self.folder / name).write_bytes((self.workdir / name).read_bytes())
+          self.sent[self.folder / name] = _version(
+            self.folder / name
+          )  # or every process of a run would upload it again, whose copy may be old by then
 
   def send(self) -> None:
     """Raises OSError if the bucket does not take it."""
@@ -159,8 +162,7 @@ class Mirror:
       return
     with self.lock:
       for path in sorted(p for p in self.folder.rglob('*') if p.is_file() and not p.name.startswith('.')):
-        stat = path.stat()
-        state = (stat.st_size, stat.st_mtime_ns)
+        state = _version(path)
         if self.sent.get(path) != state:
           target = self.workdir / path.relative_to(self.folder).as_posix()
           with reaching(target):
@@ -178,3 +180,8 @@ class Mirror:
       self.thread.join()
       self.send()
       shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _version(path: Path) -> tuple[int, int]:
+  stat = path.stat()
+  return stat.st_size, stat.st_mtime_ns

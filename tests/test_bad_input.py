@@ -1,11 +1,13 @@
 """Bad input is one line, early, and leaves nothing behind."""
 
 import pytest
+from beitv2_jax.configs import demo
+from ml_collections import ConfigDict
 
 from beitv2_jax import recipes
 from beitv2_jax.errors import UserError
 from beitv2_jax.training import loop
-from tests.conftest import run_main
+from tests.conftest import run_main, smoke
 
 BAD = {
   'unknown config key': (['--config=configs/vqkd_b16.py:smoke', '--config.optim.learning_rate=1'], 'learning_rate'),
@@ -28,6 +30,17 @@ def test_bad_input_is_found_before_anything_is_written(tmp_path, name):
   with pytest.raises(UserError) as error:
     loop.run(recipes.from_arguments(args + ['--config.mesh.data=1'] * ('divide' not in words)), tmp_path / 'run')
   assert words in str(error.value) and '\n' not in str(error.value) and not (tmp_path / 'run').exists()
+
+
+def test_sides_of_an_image_where_only_squares_or_equal_patches_will_do(tmp_path):
+  clip = ConfigDict(demo.get_config('stage=teacher').to_dict())
+  clip.data.update(image_size=(32, 64))
+  with pytest.raises(UserError, match=r'data.image_size=\(32, 64\): a CLIP takes squares'):
+    loop.run(clip, tmp_path / 'run')
+  patches = ConfigDict(smoke('pretrain', tokenizer_from='untrained', model__patch_size=16).to_dict())
+  patches.data.update(image_size=(32, 64))
+  with pytest.raises(UserError, match='has patches of 8 px, this model of 16'):
+    loop.run(patches, tmp_path / 'run')
 
 
 def test_bad_input_is_one_line(tmp_path):

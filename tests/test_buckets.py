@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from beitv2_jax import storage
 from beitv2_jax.commands import prepare
 from beitv2_jax.errors import UserError
-from beitv2_jax.training import loop, metrics
+from beitv2_jax.training import events, loop, metrics
 from beitv2_jax.weights import stages
 from tests.conftest import ROOT, main_command, main_env, smoke
 from tests.test_processes import two_processes
@@ -179,6 +180,36 @@ def test_where_nothing_can_be_renamed_only_marked_checkpoints_count(tmp_path, mo
   before = metrics.read(tmp_path)
   loop.run(config, tmp_path)
   assert stages.load_variables(tmp_path)[2] == 6 and [r['loss'] for r in metrics.read(tmp_path)] == [r['loss'] for r in before]
+
+
+def test_a_run_copied_from_a_disk_goes_on(tmp_path, monkeypatch):
+  """Nothing there is marked. Of two checkpoints the newer one was not copied to its end."""
+  config = smoke('tokenizer', checkpoint__every=2)
+  loop.run(config, tmp_path)
+  before = metrics.read(tmp_path)
+  shutil.rmtree(tmp_path / 'checkpoints' / '6' / 'optimizer')
+  monkeypatch.setattr(storage, 'renames', lambda path: False)
+  assert stages.load_variables(tmp_path)[2] == 6  # whose variables are whole
+  loop.run(config, tmp_path)
+  starts = [e['step'] for e in events.read(tmp_path) if e['event'] == 'started']
+  assert starts == [0, 4] and (tmp_path / 'checkpoints' / '4' / 'commit_success.txt').exists()
+  assert [r['loss'] for r in metrics.read(tmp_path)] == [r['loss'] for r in before]
+
+
+def test_a_mirror_sends_nothing_that_it_has_only_brought(tmp_path, monkeypatch):
+  """Or each process of a run would put its old copy in the place of what process 0 has written since."""
+  sent = []
+  (tmp_path / 'bucket').mkdir()
+  (tmp_path / 'bucket' / 'metrics.jsonl').write_text('1')
+  monkeypatch.setattr(storage, 'in_bucket', lambda path: True)
+  monkeypatch.setattr(storage, '_file_system', lambda: type('Fake', (), dict(pipe_file=lambda self, *args: sent.append(args)))())
+  mirror = storage.Mirror(tmp_path / 'bucket')
+  mirror.bring('metrics.jsonl')
+  mirror.send()
+  assert not sent
+  (mirror.folder / 'metrics.jsonl').write_text('12')
+  mirror.close()
+  assert [data for _, data in sent] == [b'12']
 
 
 def test_a_mirror_sends_what_has_changed(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Fine-tuning: what it starts from, what it refuses, and the evaluation of classifiers on other sets."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +148,7 @@ def test_evaluation_is_the_same_on_any_number_of_devices(tuned, tmp_path, pixels
   results = loop.run(c, tmp_path)
   model = beitv2_jax.load(tuned[0])
   source = sources.make('fake:50', 'eval')
-  logits, labels = robustness.all_logits(model, source, 0.875, 7)
+  logits, labels, _ = robustness.all_logits(model, source, 0.875, 7)
   by_hand = 100 * (logits.argmax(1) == labels).mean()
   assert results['acc1'] == pytest.approx(by_hand, abs=1e-4) and len(labels) == 50
 
@@ -254,3 +255,17 @@ def test_one_command_probes_every_block(tuned, capsys, tmp_path):
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / 'flat' / f'{i}.png')
   assert commands.run('probe', ['--from', str(tuned[0]), '--data', f'folder:{tmp_path}/flat']) == 2
   assert 'probes need labels' in capsys.readouterr().err
+
+
+def test_real_leaves_out_an_image_that_does_not_decode(tmp_path, monkeypatch):
+  """The labels of those after it stay theirs: the model here sees an image's brightness as its class, and is always right."""
+  for i in range(6):
+    path = tmp_path / 'data' / f'class {i // 3}' / f'ILSVRC2012_val_{i + 1:08d}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((40, 40, 3), i, np.uint8)).save(path)
+  (tmp_path / 'data' / 'class 0' / 'ILSVRC2012_val_00000002.png').write_bytes(b'no image')
+  (tmp_path / 'real.json').write_text(json.dumps([[i] for i in range(6)]))
+  monkeypatch.setattr(robustness, 'model_classes', lambda config: [f'class {i}' for i in range(6)])
+  model = types.SimpleNamespace(kind='classifier', config=smoke('classifier'), logits=lambda images: np.eye(6)[images[:, 0, 0, 0]])
+  found = robustness.run(model, dict(imagenet=f'folder:{tmp_path}/data'), real=str(tmp_path / 'real.json'), batch=4)
+  assert found['real'] == dict(acc1=100.0, images=5) and found['imagenet']['images'] == 5

@@ -322,3 +322,30 @@ def test_a_directory_in_several_files_or_as_a_bin(tmp_path):
   for name in ('shards', 'bin'):
     read = files.read_state(tmp_path / name)
     assert read.keys() == state.keys() and all(np.array_equal(read[k], state[k]) for k in state)
+
+
+def test_an_average_of_the_weights_goes_out_instead_of_them_if_asked(tmp_path, capsys):
+  c = smoke('classifier', model__classes=5)
+  variables = from_config.fresh_variables(c)
+  for name, more in (('with', dict(ema=jax.tree.map(lambda x: x + 1, variables['params']))), ('without', {})):
+    (tmp_path / name).mkdir()
+    config.save(c, tmp_path / name)
+    stages.write_variables(tmp_path / name, 0, variables | more)
+  export = lambda name, *args: commands.run(
+    'convert',
+    ['export', '--from', f'{tmp_path}/{name}', '--to-format', 'official', *args, '--out', f'{tmp_path}/{name}{len(args)}.safetensors'],
+  )
+  assert export('with') == export('with', '--ema') == export('without') == 0
+  plain, average, same = (load_file(tmp_path / f'{name}.safetensors') for name in ('with0', 'with1', 'without0'))
+  key = 'blocks.0.mlp.fc1.weight'
+  np.testing.assert_array_equal(average[key], plain[key] + 1)
+  assert plain.keys() == same.keys() and all(np.array_equal(plain[k], same[k]) for k in plain)
+  assert export('without', '--ema') == 2 and 'trained without ema_decay' in capsys.readouterr().err
+
+
+def test_converted_weights_go_to_a_disk(tmp_path):
+  stages_of = smoke('classifier', model__classes=5)
+  config.save(stages_of, tmp_path)
+  stages.write_variables(tmp_path, 0, from_config.fresh_variables(stages_of))
+  with pytest.raises(UserError, match='converted weights are written to a disk'):
+    convert.export_checkpoint(tmp_path, 'gs://bucket/model.safetensors', 'official')

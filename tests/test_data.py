@@ -542,3 +542,14 @@ def test_a_limit_takes_the_same_images_each_time(tmp_path):
 
   loop.run(smoke('classifier', data__source='digits', data__limit=50, steps=1), tmp_path)
   assert '50 training and 500 evaluation images' in (tmp_path / 'data.txt').read_text()
+
+
+def test_what_fills_a_batch_up_is_no_broken_image(tmp_path):
+  """The first image is repeated 44 times, and does not decode."""
+  for i in range(20):
+    Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f'{i:02d}.png')
+  source = sources.make(f'folder:{tmp_path}', 'eval', holdout=1.0)
+  pathlib.Path(source.name(0)).write_bytes(b'no image')
+  batches = pipeline.eval_batches(source, [transforms.CenterCrop(8, 1.0)], seed=0, batch=64)
+  (batch,) = batches
+  assert batch['valid'].tolist() == [False] + [True] * 19 + [False] * 44

@@ -43,3 +43,16 @@ def test_a_run_notes_what_happens(tmp_path):
   with (tmp_path / 'events.jsonl').open('a') as file:
     file.write(json.dumps(lines[0])[:20])  # a line that was cut
   assert events.read(tmp_path) == lines
+
+
+def test_a_run_that_was_stopped_in_its_last_evaluation_is_finished_by_the_next_start(tmp_path, monkeypatch):
+  def killed(*args):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(loop.evaluate, 'run', killed)
+    with pytest.raises(KeyboardInterrupt):
+      loop.run(smoke('tokenizer'), tmp_path)
+  assert events.read(tmp_path)[-1]['event'] == 'saved'
+  loop.run(smoke('tokenizer'), tmp_path)
+  assert [(e['event'], e['step']) for e in events.read(tmp_path)[-2:]] == [('started', 6), ('finished', 6)]

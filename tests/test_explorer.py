@@ -14,7 +14,7 @@ from beitv2_jax import commands
 from beitv2_jax import config as config_lib
 from beitv2_jax.downstream import survey as surveys
 from beitv2_jax.downstream.survey import Survey
-from beitv2_jax.models import from_config
+from beitv2_jax.models import from_config, quantizer
 from beitv2_jax.pictures import explorer_files as files
 from beitv2_jax.pictures import explorer_looks, site_data
 from beitv2_jax.weights import stages as workdirs
@@ -57,7 +57,7 @@ def test_typical_patches_are_the_nearest_of_different_images():
   for code in range(4):
     best = {}
     for i, r, c in np.argwhere(s.codes == code):
-      best[i] = max(best.get(i, (-1.0, 0, 0)), (float(s.cosine[i, r, c]), r, c))
+      best[i] = max(best.get(i, (-1.0, 0, 0)), (float(s.closeness[i, r, c]), r, c))
     order = sorted(best, key=lambda i: -best[i][0])[:4]
     assert found[code, : len(order)].tolist() == [[i, *best[i][1:]] for i in order]
     assert (found[code, len(order) :] == -1).all()
@@ -85,13 +85,22 @@ def test_nearest_codes():
   assert surveys.nearest(x[:2], 3)[0].tolist() == [[1, -1, -1], [0, -1, -1]]
 
 
+def test_nearest_codes_of_a_grid_are_its_neighbours():
+  grid = quantizer.fsq_grid((8, 4))
+  codes, closeness = surveys.nearest(grid, 2)
+  assert (closeness <= 1).all()
+  corner = int(np.flatnonzero((grid == [-1, -1]).all(1))[0])
+  assert grid[codes[corner]].tolist() == [[-0.75, -1.0], [-0.5, -1.0]]  # a step and two along the finer axis
+  np.testing.assert_allclose(closeness[corner], [1 - 0.25**2 / 2, 1 - 0.5**2 / 2], atol=1e-6)
+
+
 def test_agreement_of_two_tokenizers():
   s = made_up(n=400)
-  renamed = Survey(s.codes[..., ::1] * 3 % 31, s.cosine, 31, s.mean_patches)
+  renamed = Survey(s.codes[..., ::1] * 3 % 31, s.closeness, 31, s.mean_patches)
   same = surveys.agreement(surveys.contingency(s, renamed))
   assert same['normalized'] == pytest.approx(1) and same['information'] == pytest.approx(same['entropy_a'])
   assert surveys.agreement(surveys.contingency(s, made_up(n=400, seed=1)))['normalized'] < 0.02
-  halved = surveys.agreement(surveys.contingency(s, Survey(s.codes // 2, s.cosine, 6, s.mean_patches)))
+  halved = surveys.agreement(surveys.contingency(s, Survey(s.codes // 2, s.closeness, 6, s.mean_patches)))
   assert halved['information'] == pytest.approx(halved['entropy_b']) and halved['entropy_b'] < halved['entropy_a']
 
 

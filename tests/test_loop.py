@@ -1,6 +1,7 @@
 """The loop: going on after a stop, starting from other weights, broken runs, checkpoints."""
 
 import dataclasses
+import shutil
 import types
 
 import jax.numpy as jnp
@@ -226,3 +227,14 @@ def test_samples_come_from_all_over_the_evaluation_images():
     np.testing.assert_array_equal(
       image, transforms.CenterCrop(32, 1.0)(dict(image=decode.image(source[int(place)]['image'])), None)['image']
     )
+
+
+def test_a_tokenizer_that_was_trained_on_is_spoken_of(runs, tmp_path, capsys):
+  shutil.copytree(runs[0] / 'tokenizer', tmp_path / 'tokenizer')
+  again = dict(tokenizer_from=str(tmp_path / 'tokenizer'), mesh__data=1)
+  loop.run(smoke('pretrain', steps=2, **again), tmp_path / 'run')
+  loop.run(smoke('pretrain', steps=3, **again), tmp_path / 'run')
+  assert 'has other weights' not in capsys.readouterr().err
+  loop.run(smoke('tokenizer', steps=7), tmp_path / 'tokenizer')
+  loop.run(smoke('pretrain', steps=4, **again), tmp_path / 'run')
+  assert f'the tokenizer in {tmp_path}/tokenizer has other weights than when this run was last started' in ' '.join(capsys.readouterr())

@@ -1,13 +1,17 @@
 """Devices, layouts and kernels: all give the numbers of one device and plain XLA."""
 
+import types
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from beitv2_jax import config as config_lib
 from beitv2_jax import tasks
 from beitv2_jax.data import pipeline, sources
-from beitv2_jax.kernels import attention_gpu, chip, norm_gpu
+from beitv2_jax.errors import UserError
+from beitv2_jax.kernels import attention, attention_gpu, chip, norm_gpu
 from beitv2_jax.training import optim, sharding
 from beitv2_jax.training.train_state import state_layout
 from beitv2_jax.training.train_step import make_train_step
@@ -125,3 +129,26 @@ def test_the_way_through_gpu_kernels(task, monkeypatch):
   together, _ = some_steps(smoke(task, **extra, mesh__data=2, mesh__model=2, mesh__rules=FSDP))
   assert set(calls) == {'attention', 'layer norm'}
   np.testing.assert_allclose(together, alone, rtol=0.02)
+
+
+def test_devices_that_see_the_same_images_belong_to_one_process(monkeypatch):
+  """Each process reads images of its own. A ring of a slice may go through several hosts, so that jax.make_mesh mixes them."""
+  devices = [types.SimpleNamespace(process_index=i // 2, id=i) for i in range(4)]
+  made = lambda devices, names, axis_types: types.SimpleNamespace(devices=devices)
+  monkeypatch.setattr(sharding, 'Mesh', made)
+  mixed = lambda shape, names, axis_types, devices: made(np.array(devices).reshape(shape[::-1]).T, names, axis_types)
+  monkeypatch.setattr(sharding.jax, 'make_mesh', mixed)
+  mesh = sharding.make_mesh(-1, 2, devices)
+  assert [[d.id for d in row] for row in mesh.devices] == [[0, 1], [2, 3]]
+  with pytest.raises(UserError, match='mesh.model=4 needs devices of several processes'):
+    sharding.make_mesh(-1, 4, devices)
+
+
+def test_images_that_do_not_divide_over_the_devices_are_named_or_taken_by_xla():
+  width, heads, tokens = 128, 2, 5
+  shapes = (3, tokens, width), (width, 3, heads, 64), (heads, 64), (heads, 64), (heads, tokens, tokens)
+  x, *others = (jnp.asarray(np.random.default_rng(0).normal(size=s), jnp.float32) for s in shapes)
+  with jax.set_mesh(sharding.make_mesh(2, 1, jax.devices()[:2])):
+    with pytest.raises(UserError, match='layers.attention=tpu cannot take 3 images of 5 tokens in heads of 64 on 2 data devices'):
+      attention.attend(x, *others, how='tpu')
+    np.testing.assert_array_equal(attention.attend(x, *others), attention.plain(x, *others))

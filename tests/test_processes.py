@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 from beitv2_jax.configs import finetune_b16
 
+from beitv2_jax import main
 from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.training import loop, metrics, peers
 from beitv2_jax.weights import stages
@@ -121,6 +123,43 @@ def test_a_silent_process_is_lost_and_one_that_finished_is_not():
   assert not watch.lost(values, 22.0)
 
 
+def test_one_that_failed_is_named_unless_the_others_fail_as_well():
+  watch = peers.Watch(client=None, process=0, silence=20.0)
+  values = [('alive/0', '5 here'), ('alive/1', 'failed there')]
+  assert not watch.lost(values, 0.0) and not watch.lost(values, 19.0)
+  assert watch.lost(values, 21.0) == 'process 1 on there ended with an error, which it has printed'
+
+
+def test_process_0_that_fails_waits_until_the_others_have_said_something():
+  said = {f'{peers.FOLDER}/1': ['7 there', '8 there', 'failed there', 'failed there']}
+  client = types.SimpleNamespace(
+    key_value_set=lambda key, value, allow_overwrite: said.update({key: [value]}),
+    key_value_dir_get=lambda folder: [(key, values.pop(0) if len(values) > 1 else values[0]) for key, values in said.items()],
+  )
+  peers.Watch(client, 0, beat=0.01, silence=60.0, expected=2).failed()
+  assert said[f'{peers.FOLDER}/0'][0].startswith('failed ') and said[f'{peers.FOLDER}/1'] == ['failed there']
+  said[f'{peers.FOLDER}/1'] = ['9 there']
+  peers.Watch(client, 0, beat=0.01, silence=0.05, expected=2).failed()  # for so long only
+  assert said[f'{peers.FOLDER}/1'] == ['9 there']
+
+
+def test_a_run_that_fails_says_so_and_does_not_say_that_it_is_done(monkeypatch, tmp_path):
+  words = []
+  monkeypatch.setattr(peers, 'finished', lambda: words.append('finished'))
+  monkeypatch.setattr(peers, 'leave', lambda code, unforeseen=None: words.append(('failed', code)))
+  with pytest.raises(SystemExit):
+    main.main(['main', '--config=configs/vqkd_b16.py:smoke', f'--workdir={tmp_path}/run', '--config.data.source=folder:/nowhere'])
+  assert words == [('failed', 2)]
+
+
+@pytest.mark.slow
+def test_bad_input_of_one_process_ends_the_other(tmp_path):
+  both = start_two(f'--workdir={tmp_path}', '--config.steps=100000', second=['--config.data.source=folder:/nowhere'])
+  texts = [p.communicate(timeout=120)[0] for p in both]
+  assert [p.returncode for p in both] == [peers.LOST, 2], texts
+  assert 'process 1 on' in texts[0] and 'ended with an error, which it has printed' in texts[0] and '/nowhere' in texts[1]
+
+
 def test_only_what_a_lost_process_may_have_caused_waits_for_the_verdict(monkeypatch):
   waited = []
   monkeypatch.setattr(peers, '_watch', object())
@@ -132,13 +171,16 @@ def test_only_what_a_lost_process_may_have_caused_waits_for_the_verdict(monkeypa
   assert waited == [peers.SILENCE + 3 * peers.BEAT]
 
 
-def start_two(*args):
+def start_two(*args, second=()):
+  """Two processes of one device; `second` are arguments of the second alone."""
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
   command = main_command('--config=configs/beitv2_b16.py:smoke', *args, f'--coordinator=localhost:{port}', '--processes=2')
   return [
-    subprocess.Popen([*command, f'--process={i}'], env=main_env(1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    subprocess.Popen(
+      [*command, f'--process={i}', *second * i], env=main_env(1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for i in (0, 1)
   ]
 

@@ -262,3 +262,10 @@ def test_mlflow_in_a_folder(tmp_path, monkeypatch):
   assert [m.step for m in losses] == [1, 2, 3, 4]
   assert [m.value for m in losses] == pytest.approx([row['loss'] for row in metrics.read(tmp_path / 'run')])
   assert list((tmp_path / 'mlruns').rglob('*.png'))
+
+
+def test_samples_that_do_not_divide_over_the_devices_are_drawn_by_the_fused_kernel(tmp_path):
+  """As on a slice of 16 chips, for which eight samples are too few."""
+  few = dict(model__width=256, model__heads=4, model__depth=2, model__early_layer=1, layers__attention='tpu', layers__scan=False)
+  loop.run(smoke('pretrain', samples=3, mesh__data=2, steps=1, **few), tmp_path)
+  assert len(list((tmp_path / 'samples').iterdir())) == 1

@@ -1,7 +1,10 @@
 """Images in tars: webdataset shards, tars of classes, tars in tars, folders in a tar."""
 
+import concurrent.futures
 import io
 import json
+import os
+import pickle
 import tarfile
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from PIL import Image
 
 from beitv2_jax import commands
-from beitv2_jax.data import decode, sources
+from beitv2_jax.data import decode, sources, tars
 from beitv2_jax.errors import UserError
 
 
@@ -107,3 +110,17 @@ def test_a_tar_that_is_cut_or_none_is_named(tmp_path):
   with pytest.raises(UserError, match='has no eval tars'):
     (tmp_path / 'train.tar').write_bytes(whole)
     sources.make(f'tars:{tmp_path}', 'eval')
+
+
+def test_more_tars_than_a_process_may_open(tmp_path, monkeypatch):
+  """Threads share the open ones, and open the others for each image."""
+  monkeypatch.setattr(tars, 'MOST_OPEN', 3)
+  for i in range(10):
+    write(tmp_path / f'{i}.tar', {'a.png': picture(i)})
+  expected = values(sources.make(f'tars:{tmp_path}', 'eval', holdout=1.0))
+  source, before = sources.make(f'tars:{tmp_path}', 'eval', holdout=1.0), len(os.listdir('/proc/self/fd'))
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    found = list(pool.map(lambda i: int(decode.image(source[i]['image'])[0, 0, 0]), [*range(10)] * 5))
+  assert found == [value for value, _ in expected] * 5
+  assert len(os.listdir('/proc/self/fd')) - before <= 3
+  assert values(pickle.loads(pickle.dumps(source))) == expected

@@ -93,6 +93,8 @@ def test_other_images_another_order_and_damage_are_refused(folder, tmp_path):
     loop.run(disk(copy), tmp_path / 'run')
   with pytest.raises(UserError, match=r'on a grid of \[4, 4\], this tokenizer has \(8, 8\)'):
     loop.run(disk(folder, data__image_size=64), tmp_path / 'run')
+  with pytest.raises(UserError, match='a centre crop with data.crop_pct=0.875, this tokenizer sees 0.5'):
+    loop.run(disk(folder, data__crop_pct=0.5), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 

@@ -50,6 +50,7 @@ def _parser():
   )
   arguments.add_from(exp)
   exp.add_argument('--out', '--to', dest='out', metavar='PATH', required=True, help='a .safetensors file, or for hf a directory')
+  exp.add_argument('--ema', action='store_true', help='the running average of the weights, of a run with ema_decay')
   exp.add_argument('--to-format', required=True, choices=('official', 'timm', 'hf'))
   return parser
 
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
   from beitv2_jax.weights import convert
 
   if args.verb == 'export':
-    convert.export_checkpoint(args.source, args.out, args.to_format)
+    convert.export_checkpoint(args.source, args.out, args.to_format, args.ema)
   elif args.list:
     return print(convert.list_keys(args.kind, args.source))
   elif not args.out:

@@ -218,9 +218,10 @@ class Counted:
         '--config.data.workers. The same command goes on from the last checkpoint.'
       ) from e
     counts = batch.pop('bad')
+    real = batch.get('valid', np.ones(len(counts), bool))  # not what fills a batch up, which may repeat a broken image
     if 'valid' in batch:  # an evaluation does not count an image twice because its neighbour is broken
-      batch['valid'] = batch['valid'] & (counts == 0)
-    self.bad, self.seen = self.bad + int(counts.sum()), self.seen + len(counts)
+      batch['valid'] = real & (counts == 0)
+    self.bad, self.seen = self.bad + int(counts[real].sum()), self.seen + int(real.sum())
     if self.bad > self.max_bad * max(self.seen, 1000):
       raise UserError(
         f'{self.bad} of the first {self.seen} images do not decode, more than data.max_bad={self.max_bad} allows; the log names the first ones. '

@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import tarfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.progress import bar
 
 WNID = re.compile(r'n\d{8}')
+MOST_OPEN = 256  # tars; many systems let a process open 1,024 files
 
 
 class Part(io.RawIOBase):
@@ -104,14 +104,10 @@ class Tars:
     self.rows = np.arange(self.ends[-1]) if by_name else held_out(int(self.ends[-1]), split, holdout)
     self.classes, numbers = _classes({str(f): x.labels for f, x in indices.items()}, self.files)
     self.labels = np.concatenate([numbers[f] for f in self.files]) if self.classes else None
-    self._open = threading.local()
+    self._open: dict[int, io.FileIO] = {}
 
   def __getstate__(self):
-    return {k: v for k, v in self.__dict__.items() if k != '_open'}
-
-  def __setstate__(self, state):
-    self.__dict__.update(state)
-    self._open = threading.local()
+    return self.__dict__ | dict(_open={})
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -124,12 +120,20 @@ class Tars:
 
   def __getitem__(self, i: int) -> dict:
     row, number, at = self._place(i)
-    files = self._open.__dict__.setdefault('files', {})
-    if number not in files:
-      files[number] = open(self.files[number], 'rb', buffering=0)  # noqa: SIM115  # open as long as the source is
     offset, size = self.places[number][at]
-    record = dict(image=os.pread(files[number].fileno(), int(size), int(offset)))
+    record = dict(image=self._read(number, int(size), int(offset)))
     return record if self.labels is None else record | dict(label=int(self.labels[row]))
+
+  def _read(self, number: int, size: int, offset: int) -> bytes:
+    """From a tar that stays open, for all threads; with more than MOST_OPEN tars the others are opened for each image."""
+    if number not in self._open and len(self._open) < MOST_OPEN:
+      file = open(self.files[number], 'rb', buffering=0)  # noqa: SIM115  # open as long as the source is
+      if self._open.setdefault(number, file) is not file:  # another thread was first
+        file.close()
+    if number in self._open:
+      return os.pread(self._open[number].fileno(), size, offset)
+    with open(self.files[number], 'rb', buffering=0) as file:
+      return os.pread(file.fileno(), size, offset)
 
   def name(self, i: int) -> str:
     _, number, at = self._place(i)

@@ -21,8 +21,8 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.progress import bar
 
 
-def all_logits(model: Any, source: Any, crop_pct: float, batch: int) -> tuple[np.ndarray, np.ndarray]:
-  """(logits [n, classes], labels [n]) over a source, every image once."""
+def all_logits(model: Any, source: Any, crop_pct: float, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(logits [n, classes], labels [n], places in the source [n]) of every image that decodes, once."""
   size = model.config.data.image_size
   rows = pipeline.eval_batches(
     source,
@@ -31,11 +31,12 @@ def all_logits(model: Any, source: Any, crop_pct: float, batch: int) -> tuple[np
     batch=batch,
     reading=config_lib.reading(model.config),
   )
-  logits, labels = [], []
+  logits, labels, valid = [], [], []
   for part in bar(rows, 'batches', -(-len(source) // batch)):
     logits.append(np.asarray(model.logits(part['image']))[part['valid']])
     labels.append(part['label'][part['valid']])
-  return np.concatenate(logits), np.concatenate(labels)
+    valid.append(part['valid'])
+  return np.concatenate(logits), np.concatenate(labels), np.flatnonzero(np.concatenate(valid))
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray, subset: np.ndarray) -> dict[str, float]:
@@ -48,7 +49,7 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, subset: np.ndarray) -> dict
 
 def real_accuracy(logits: np.ndarray, allowed: list[list[int]]) -> dict[str, float]:
   """% of the images with any label whose best class is one of them."""
-  judged = [int(row.argmax()) in labels for row, labels in zip(logits, allowed) if labels]
+  judged = [int(row.argmax()) in labels for row, labels in zip(logits, allowed, strict=True) if labels]
   return dict(acc1=100 * float(np.mean(judged)), images=len(judged))
 
 
@@ -78,8 +79,8 @@ def run(
   allowed = json.loads(Path(real).read_text()) if real else None
   out = {}
   for name, source in opened.items():
-    logits, labels = all_logits(model, source, crop_pct, batch)
+    logits, labels, places = all_logits(model, source, crop_pct, batch)
     out[name] = accuracy(logits, labels, subsets[name])
     if name == 'imagenet' and allowed:
-      out['real'] = real_accuracy(logits, [allowed[validation_number(source, i) - 1] for i in range(len(source))])
+      out['real'] = real_accuracy(logits, [allowed[validation_number(source, int(i)) - 1] for i in places])
   return out

@@ -21,7 +21,7 @@ class Survey:
   """Which code each patch has. `mean_patches` is float32 [K, patch, patch, 3] in [0, 1], 0 for codes that do not occur."""
 
   codes: np.ndarray  # int32 [n, Gh, Gw]
-  cosine: np.ndarray  # float16 [n, Gh, Gw]: how near each patch's vector is to its code
+  closeness: np.ndarray  # float16 [n, Gh, Gw]: of each patch's vector to its code (trained.Model.assignments)
   size: int  # K
   mean_patches: np.ndarray
   labels: np.ndarray | None = None  # int [n]
@@ -45,14 +45,14 @@ def survey(model: Any, source: Any, batch: int = 64) -> Survey:
     raise UserError(f'{model.kind} models have no codes; give a tokenizer.')
   size, patch = model.config.model.codes, model.config.model.patch_size
   sums, counts = np.zeros((size, patch * patch * 3), np.float32), np.zeros(size)
-  codes, cosine, labels, records, seen = [], [], [], [], 0
+  codes, closeness, labels, records, seen = [], [], [], [], 0
   rows = plain_batches(model, source, batch)
   for part in bar(rows, 'batches', math.ceil(len(source) / batch), f'codes of {len(source):,} images'):
     found, near = (np.asarray(x)[part['valid']] for x in model.assignments(part['image']))
     records.append(seen + np.flatnonzero(part['valid']))
     seen += batch
     codes.append(found.astype(np.int32))
-    cosine.append(near.astype(np.float16))
+    closeness.append(near.astype(np.float16))
     if source.classes is not None:
       labels.append(part['label'][part['valid']])
     add_patches(sums, counts, part['image'][part['valid']], found)
@@ -61,7 +61,7 @@ def survey(model: Any, source: Any, batch: int = 64) -> Survey:
     raise UserError('none of the images decodes.')
   means = (sums / np.maximum(counts, 1)[:, None] / 255).reshape(size, patch, patch, 3)
   classes = list(source.classes) if source.classes is not None else None
-  return Survey(codes, np.concatenate(cosine), size, means, np.concatenate(labels) if labels else None, classes, np.concatenate(records))
+  return Survey(codes, np.concatenate(closeness), size, means, np.concatenate(labels) if labels else None, classes, np.concatenate(records))
 
 
 def add_patches(sums: np.ndarray, counts: np.ndarray, images: np.ndarray, codes: np.ndarray) -> None:
@@ -122,7 +122,7 @@ def typical(survey: Survey, count: int) -> np.ndarray:
   """The `count` patches nearest to each code, of different images: int [K, count, 3] of (image, row, column), -1 where there are no more."""
   n, rows, cols = survey.codes.shape
   flat = survey.codes.reshape(-1)
-  order = np.lexsort((-survey.cosine.reshape(-1).astype(np.float32), flat))
+  order = np.lexsort((-survey.closeness.reshape(-1).astype(np.float32), flat))
   ends = np.cumsum(np.bincount(flat, minlength=survey.size))
   out = np.full((survey.size, count, 3), -1, np.int64)
   for code, (begin, end) in enumerate(zip(np.concatenate([[0], ends[:-1]]), ends)):
@@ -161,16 +161,18 @@ def together(survey: Survey, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest(embedding: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """(the codes [K, count] whose vectors are nearest to a code's, without itself, -1 where there are no more; their cosines)."""
-  size = len(embedding)
-  codes, cosines = np.full((size, count), -1), np.zeros((size, count), np.float32)
+  """(the codes [K, count] whose vectors are nearest to a code's, without itself, -1 where there are no more; their closeness: 1 less half
+  the squared distance, which is the cosine of vectors of length 1)."""
+  size, squares = len(embedding), (embedding * embedding).sum(1)
+  codes, closeness = np.full((size, count), -1), np.zeros((size, count), np.float32)
   for begin in range(0, size, 1024):
-    cosine = embedding[begin : begin + 1024] @ embedding.T
-    cosine[np.arange(len(cosine)), begin + np.arange(len(cosine))] = -np.inf
-    best = np.argsort(-cosine, 1)[:, : min(count, size - 1)]
-    codes[begin : begin + 1024, : best.shape[1]] = best
-    cosines[begin : begin + 1024, : best.shape[1]] = np.take_along_axis(cosine, best, 1)
-  return codes, cosines
+    rows = slice(begin, begin + 1024)
+    close = 1 + embedding[rows] @ embedding.T - (squares[rows, None] + squares) / 2
+    close[np.arange(len(close)), begin + np.arange(len(close))] = -np.inf
+    best = np.argsort(-close, 1)[:, : min(count, size - 1)]
+    codes[rows, : best.shape[1]] = best
+    closeness[rows, : best.shape[1]] = np.take_along_axis(close, best, 1)
+  return codes, closeness
 
 
 def contingency(a: Survey, b: Survey) -> sparse.csr_matrix:

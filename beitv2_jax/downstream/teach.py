@@ -40,6 +40,7 @@ def write(config: Any, sources: dict[str, Any], out: Path, batch: int = 64) -> d
   about = dict(
     teacher=dict(kind=config.teacher.kind, name=str(config.teacher.name), layers=list(config.teacher.get('layers', ()))),
     grid=list(config_lib.patch_grid(config)), image_size=list(size), width=teacher.width, source=config.data.source, splits=splits,
+    crop_pct=config.data.crop_pct,
   )  # fmt: skip
   (out / taught.NAME).write_text(json.dumps(about, indent=2) + '\n')
   return {split: len(source) for split, source in sources.items()}

@@ -60,9 +60,10 @@ class Model:
     return self._call('tokens', x).reshape(-1, *self.grid)
 
   def assignments(self, images, normalize: bool = True) -> tuple[jax.Array, jax.Array]:
-    """(codes, cosine of each patch's vector to its code), both [B, Gh, Gw]. Tokenizers only."""
-    codes, cosine = self._call('assignments', self._input(images, normalize, ('tokenizer',)))
-    return codes.reshape(-1, *self.grid), cosine.reshape(-1, *self.grid)
+    """(codes, closeness of each patch's vector to its code), both [B, Gh, Gw]: 1 less half the squared distance, which is the cosine of
+    vectors of length 1, as all are but those of fsq. Tokenizers only."""
+    codes, closeness = self._call('assignments', self._input(images, normalize, ('tokenizer',)))
+    return codes.reshape(-1, *self.grid), closeness.reshape(-1, *self.grid)
 
   def pixels(self, codes) -> jax.Array:
     """What the decoder draws for codes [B, Gh, Gw], RGB in [0, 1], [B, h, w, 3]. Pixel decoders (configs/pixels_b16.py) only."""
@@ -225,7 +226,7 @@ class Model:
       z = module.apply(variables, x, method='encode')
       embedding = variables['codebook']['quantizer']['embedding']
       codes = quantizer.nearest(z, embedding)
-      return codes, (z * embedding[codes]).sum(-1)
+      return codes, 1 - jnp.square(z - embedding[codes]).sum(-1) / 2
 
     if name.startswith('attention_'):
       return jax.jit(functools.partial(attention_of, int(name.removeprefix('attention_'))))

@@ -19,17 +19,21 @@ def attend(x: jax.Array, qkv: jax.Array, q_bias: jax.Array, v_bias: jax.Array, b
     qkv: [D, 3, H, E] of x's type. q_bias, v_bias: [H, E], fp32; keys have none.
     bias: [H, queries, keys], fp32, added to the scaled logits, or None.
     how: 'xla'; 'tpu' or 'gpu', the fused kernels (interpreted, which is slow, where there is no such chip); or 'auto': on the mesh of
-      `jax.set_mesh`, its chip's kernel where that fits and products are rounded to bf16 anyway.
+      `jax.set_mesh`, its chip's kernel where that fits, images divide over the devices, and products are rounded to bf16 anyway.
   """
   mesh, heads, head_dim = jax.sharding.get_abstract_mesh(), *qkv.shape[2:]
   split = 1 if mesh.empty or heads % mesh.shape['model'] else mesh.shape['model']
   plan = attention_tpu.plan(x.shape[1], heads // split, head_dim, chip.kind(), x.dtype.itemsize)
-  fits = dict(tpu=plan is not None, gpu=attention_gpu.fits(head_dim), xla=True)
+  parts = 1 if mesh.empty else mesh.shape['data']
+  divides = x.shape[0] % parts == 0
+  fits = dict(tpu=divides and plan is not None, gpu=divides and attention_gpu.fits(head_dim), xla=True)
   if how == 'auto':
     rounded = dict(tpu=chip.rounded_products(), gpu=x.dtype == jnp.bfloat16)
     how = chip.platform() if rounded.get(chip.platform()) and fits[chip.platform()] and 'attention' not in chip.refused else 'xla'
   if not fits[how]:
-    raise UserError(f'layers.attention={how} cannot take {x.shape[1]} tokens in heads of {head_dim}; use auto or xla.')
+    raise UserError(
+      f'layers.attention={how} cannot take {x.shape[0]} images of {x.shape[1]} tokens in heads of {head_dim} on {parts} data devices; use auto or xla.'
+    )
   if how == 'xla':
     return plain(x, qkv, q_bias, v_bias, bias)
   if how == 'tpu' and plan is not None:

@@ -45,7 +45,7 @@ class Book:
 
   name: str
   survey: Survey
-  embedding: np.ndarray  # [K, C], unit rows
+  embedding: np.ndarray  # [K, C], rows of length 1 unless they are a grid (fsq)
   faces: np.ndarray | None = None
 
 
@@ -202,16 +202,17 @@ def write_book(out: Path, key: str, book: Book, places: np.ndarray, crops: Crops
   classes = surveys.class_counts(survey) if survey.labels is not None else None
   details = dict(
     nearest=surveys.nearest(book.embedding, 8), together=surveys.together(survey, 8), classes=classes, places=places, where=where,
-    cosine=survey.cosine, images=images_with(survey, chosen), number={int(place): number for number, place in enumerate(chosen)},
+    closeness=survey.closeness, images=images_with(survey, chosen), number={int(place): number for number, place in enumerate(chosen)},
   )  # fmt: skip
   for begin in range(0, len(order), BLOCK):
     block, codes = begin // BLOCK, order[begin : begin + BLOCK]
     write_sheets(out / key, block, codes, crops.pixels[begin : begin + BLOCK], book)
     write(out / key / 'codes' / f'{block:03d}.js', f'{key}/codes/{block}', {int(c): describe(int(c), details) for c in codes})
   share = counts / counts.sum()
+  measure = 'cosine' if np.allclose(np.linalg.norm(book.embedding, axis=1), 1, atol=1e-3) else 'closeness'
   found = (places[:, :CARD_CELLS, 0] >= 0).sum(1)  # typical patches of a code that a card shows
   summary = dict(
-    key=key, name=book.name, size=survey.size, used=len(order), patches=int(counts.sum()), order=order.tolist(), counts=counts.tolist(),
+    key=key, name=book.name, measure=measure, size=survey.size, used=len(order), patches=int(counts.sum()), order=order.tolist(), counts=counts.tolist(),
     perplexity=float(2 ** surveys.entropy(share)), spread=rounded(surveys.spread(where)), faces=book.faces is not None,
     map=rounded(project(book.embedding[order])), few={int(code): int(found[code]) for code in order if found[code] < CARD_CELLS},
   )  # fmt: skip
@@ -260,7 +261,7 @@ def images_with(survey: Survey, chosen: np.ndarray, count: int = 24) -> dict[int
 def describe(code: int, details: dict[str, Any]) -> dict[str, Any]:
   """What codes/NNN.js says of one code."""
   typical = [
-    [details['number'].get(int(i), -1), int(r), int(c), round(float(details['cosine'][i, r, c]), 3)]
+    [details['number'].get(int(i), -1), int(r), int(c), round(float(details['closeness'][i, r, c]), 3)]
     for i, r, c in details['places'][code]
     if i >= 0
   ]

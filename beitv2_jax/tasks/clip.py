@@ -62,6 +62,8 @@ def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task,
   if source is not None and source.classes:  # room for the longest caption: cut ones could be the same
     words = max(len(caption.split()) for caption in captions_of(config, source))
     config.model.text_length = max(config.model.text_length, words + 2)
+  if not isinstance(config.data.image_size, int):
+    raise UserError(f'data.image_size={tuple(config.data.image_size)}: a CLIP takes squares; give one number.')
   model = teacher.new_clip(**config.model.to_dict(), image_size=config.data.image_size, vocab=VOCAB)
   return ClipTask(config, model), {}
 

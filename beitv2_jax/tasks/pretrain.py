@@ -21,11 +21,10 @@ from beitv2_jax.tasks.base import Task
 
 def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task, Any]:
   vqkd, frozen, theirs = tokenizer.of_stage(config, abstract)
-  ours = config_lib.patch_grid(config)
   if theirs.model.patch_size != config.model.patch_size:
     raise UserError(
-      f'the tokenizer in {config.tokenizer_from} cuts {config.data.image_size} px images into {config.data.image_size // theirs.model.patch_size} patches '
-      f'a side, this model into {ours[0]}; make model.patch_size {theirs.model.patch_size}.'
+      f'the tokenizer in {config.tokenizer_from} has patches of {theirs.model.patch_size} px, this model of {config.model.patch_size}; make '
+      f'model.patch_size {theirs.model.patch_size}.'
     )
   check(config)
   config.model.vocab = theirs.model.codes

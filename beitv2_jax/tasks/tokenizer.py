@@ -39,6 +39,11 @@ def make(config: Any, abstract: bool = False, source: Any = None) -> tuple[Task,
         f'the features in {config.teacher.name} are on a grid of {about["grid"]}, this tokenizer has {config_lib.patch_grid(config)}: teach with its image '
         'size and patches.'
       )
+    theirs = about.get('crop_pct', config.data.crop_pct)  # files of other programs need not say
+    if theirs != config.data.crop_pct:
+      raise UserError(
+        f'the features in {config.teacher.name} are of a centre crop with data.crop_pct={theirs}, this tokenizer sees {config.data.crop_pct}: make them equal.'
+      )
     config.model.teacher_width = about['width']
     return TokenizerTask(config, from_config.build(config), None), {}
   teacher_model, frozen = teachers.opened(config, config.dtype, abstract)

@@ -21,8 +21,10 @@ class Events:
   """Notes events in `folder`, by process 0. `spent` is what went into other things than steps since this start, in seconds."""
 
   def __init__(self, folder: Path, step: int, steps: int, **about: Any):
-    finished = 0 < steps <= step  # such a run is not changed any more
-    self.path, self.active = folder / NAME, jax.process_index() == 0 and not finished
+    self.path = folder / NAME
+    # Such a run is not changed any more. One that was stopped in its last evaluation has all its steps, but is not finished.
+    finished = 0 < steps <= step and any(e['event'] == 'finished' and e['step'] >= step for e in read(folder))
+    self.active = jax.process_index() == 0 and not finished
     self.spent = dict(evaluating=0.0, waiting=0.0)
     self.first = True
     self.note('started', step, steps=steps, **about)

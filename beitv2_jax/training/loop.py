@@ -30,7 +30,7 @@ from beitv2_jax.training.profile import Profile
 from beitv2_jax.training.setup import Setup, prepare
 from beitv2_jax.training.train_state import TrainState
 from beitv2_jax.training.train_step import make_train_step
-from beitv2_jax.weights import stages, trees
+from beitv2_jax.weights import checksums, stages, trees
 
 
 def run(config: Any, workdir: str | Path, about: dict[str, Any] | None = None) -> dict[str, float]:
@@ -98,6 +98,8 @@ def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
     output.bring('metrics.jsonl')
     output.bring(events.NAME)
     output.bring('tracker.json')
+    tokenizer = dict(tokenizer=checksums.sample(setup.frozen)) if config.get('tokenizer_from') else {}
+    notes += tokenizer_changes(events.read(output.folder), tokenizer, config) if restored else []
     metrics = Metrics(output.folder, start, setup.steps, workdir.name, setup.task.headline, config.get('track', ''), config)
     announce.describe(setup, metrics, start, notes)
     kind = jax.devices()[0].device_kind
@@ -109,6 +111,7 @@ def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
       device=kind,
       processes=jax.process_count(),
       versions=announce.versions(),
+      **tokenizer,
       **about,
     )
     notes += announce.check_kernels(config, metrics)
@@ -116,6 +119,17 @@ def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
       if note.startswith('warning: '):
         history.warn(start, note)
   return Training(setup, state, start, checkpoints, metrics, output, history, lock)
+
+
+def tokenizer_changes(log: list[dict], now: dict[str, int], config: Any) -> list[str]:
+  """What to tell the user if the tokenizer is not the one that this run had when it was started last."""
+  before = [e['tokenizer'] for e in log if e['event'] == 'started' and 'tokenizer' in e][-1:]
+  if not now or not before or before[0] == now['tokenizer']:
+    return []
+  return [
+    f'warning: the tokenizer in {config.tokenizer_from} has other weights than when this run was last started (was it trained on?), so codes mean '
+    'something else from here on. tokenizer_from=WORKDIR@STEP keeps to one checkpoint.'
+  ]
 
 
 def config_changes(workdir: Any, config: Any) -> list[str]:
@@ -366,8 +380,7 @@ class Training:
       return
     self.sampled = self.sampled or self.spread_out(source, count)
     batch = sharding.put_batch(self.sampled, self.setup.mesh)
-    few = jax.jit(lambda batch: jax.tree.map(lambda x: x[:count], batch), out_shardings=sharding.replicated(self.setup.mesh))(batch)
-    arrays = jax.tree.map(np.asarray, jax.device_get(self.sample_step(*arguments, few)))
+    arrays = {k: np.asarray(v)[:count] for k, v in jax.device_get(self.sample_step(*arguments, batch)).items()}
     if jax.process_index() == 0 and arrays:  # a task need not draw any
       size = config.model.get('codes', 0) or config.model.get('vocab', 0)
       image = draw.samples(config.task, arrays, list(config.get('class_names') or ()), size)

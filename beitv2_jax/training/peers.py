@@ -3,14 +3,17 @@
 A process that dies leaves the others waiting for it in a sum over all devices. JAX ends them after a minute or two, with SIGABRT and pages
 of C++. Here each process counts on in JAX's key-value store, which process 0 holds, and looks whether the others do: one that is silent
 for SILENCE seconds is lost. Then a line says which, and the process ends with the code LOST, on which a launcher can start all of
-them again. When process 0 itself dies JAX is faster: it ends the others at once with SIGABRT (code 134).
+them again. One that fails says so, and ends; the others end SILENCE seconds later, unless they fail as well. When process 0 itself dies JAX is faster: it ends the others at once with SIGABRT (code 134).
 """
 
+import contextlib
 import faulthandler
 import os
 import socket
+import sys
 import threading
 import time
+import traceback
 from typing import Any
 
 import jax
@@ -54,6 +57,17 @@ def finished() -> None:
   """This process has no more to do with the others."""
   if _watch is not None:
     _watch.finished()
+
+
+def leave(code: int, unforeseen: Exception | None = None) -> None:
+  """Ends this process, which failed, so that the others need not wait for it to the end of JAX's patience. Nothing if there are no others."""
+  if _watch is not None:
+    if unforeseen:
+      traceback.print_exception(unforeseen)
+    _watch.failed()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def wait_for_verdict(error: Exception) -> None:
@@ -108,13 +122,25 @@ class Watch:
       silent = now - self.seen[key][1]
       number, host = key.rpartition('/')[2], value.partition(' ')[2] or 'an unknown host'
       if silent > self.silence and not value.startswith('finished') and number != str(self.process):
+        if value.startswith('failed'):
+          return f'process {number} on {host} ended with an error, which it has printed'
         return f'process {number} on {host} is lost: nothing was heard of it for {silent:.0f} s'
     return ''
 
   def finished(self) -> None:
     if not self.stop.is_set():
       self.stop.set()
-      try:
+      with contextlib.suppress(Exception):  # others may be gone already
         self._say(f'finished {socket.gethostname()}')
-      except Exception:  # others may be gone already
-        pass
+
+  def failed(self) -> None:
+    """Says so. Process 0, whose end ends the others with SIGABRT, stays until they have said something, or have been lost."""
+    self.stop.set()
+    with contextlib.suppress(Exception):
+      self._say(f'failed {socket.gethostname()}')
+      until = time.monotonic() + self.silence + 3 * self.beat
+      while self.process == 0 and time.monotonic() < until:
+        values = [value for key, value in self.client.key_value_dir_get(FOLDER) if key != f'{FOLDER}/0']
+        if len(values) == len(self.seen) - 1 and all(value.startswith(('finished', 'failed')) for value in values):
+          return
+        time.sleep(0.1 * self.beat)

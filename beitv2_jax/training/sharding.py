@@ -20,11 +20,25 @@ SMALL = 2**16  # to put so few numbers together costs more than to update them o
 
 
 def make_mesh(data: int = -1, model: int = 1, devices: Any = None) -> Mesh:
+  """A mesh of `data` x `model` devices. Raises UserError if the devices of a model do not fit into one process."""
   devices = jax.devices() if devices is None else devices
   data = len(devices) // model if data < 0 else data
   # Auto axes: transformers' Flax models don't run under the newer Explicit ones.
-  devices = devices[: data * model]
-  return jax.make_mesh((data, model), ('data', 'model'), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+  devices, auto = devices[: data * model], (AxisType.Auto, AxisType.Auto)
+  mesh = jax.make_mesh((data, model), ('data', 'model'), axis_types=auto, devices=devices)
+  if _share_rows(mesh.devices):  # the fastest ring of a slice may go through several hosts
+    mesh = Mesh(np.array(sorted(devices, key=lambda d: (d.process_index, d.id))).reshape(data, model), ('data', 'model'), axis_types=auto)
+  if _share_rows(mesh.devices):
+    raise UserError(
+      f'mesh.model={model} needs devices of several processes (hosts), but each of these reads images of its own: '
+      f'use a number that divides the {jax.local_device_count()} devices of a process.'
+    )
+  return mesh
+
+
+def _share_rows(devices: np.ndarray) -> bool:
+  """Whether the devices of a row, which see the same images, belong to several processes."""
+  return any(len({device.process_index for device in row}) > 1 for row in devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -64,17 +64,21 @@ def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes
   return ', '.join(say)
 
 
-def export_checkpoint(source: str | Path, target: str | Path, form: str) -> None:
+def export_checkpoint(source: str | Path, target: str | Path, form: str, ema: bool = False) -> None:
   """Writes what `source` (a workdir or an imported directory) holds as `form`: 'official', 'timm' or 'hf'.
 
   official and timm are one .safetensors file, or .pth where torch is installed; hf is a directory for from_pretrained, and timm may be
   one for timm.create_model('local-dir:DIR', pretrained=True). Directories say how images are prepared, and what the classes are called.
+  With `ema` it is the running average of the weights.
   """
   c, variables, _ = stages.load_variables(source, 'a workdir or an imported directory')
   kind, target = c.task, Path(target)
   if kind not in KINDS:
     raise UserError(f'a {kind} stage has no official form; one of {", ".join(KINDS)} has.')
-  state, grid = official.from_ours(kind, variables), config_lib.patch_grid(c)
+  average = variables.pop('ema', None)
+  if ema and average is None:
+    raise UserError(f'{source} was trained without ema_decay: there is no average of its weights.')
+  state, grid = official.from_ours(kind, variables | (dict(params=average) if ema else {})), config_lib.patch_grid(c)
   # A buffer that torch insists on when it loads batch norms.
   state |= {k.replace('running_mean', 'num_batches_tracked'): np.zeros((), np.int64) for k in state if k.endswith('running_mean')}
   if form == 'hf':
@@ -123,6 +127,8 @@ def _write_tensors(path: Path, state: dict[str, np.ndarray]) -> None:
 
 def _write_beside(target: Path, write: Callable[[Path], None], folder: bool = True) -> None:
   """Calls `write` on a temporary neighbour and renames it, so a failure leaves nothing half-written."""
+  if '://' in str(target) or str(target).startswith('gs:/'):  # pathlib has made one slash of two
+    raise UserError(f'{target}: converted weights are written to a disk; give a path there, and copy them to the bucket.')
   target = target.expanduser().absolute()
   if target.exists():
     raise UserError(f'{target} exists; remove it or choose another name.')

@@ -258,7 +258,7 @@ async function viewCode(main, parameters) {
   main.append(element('h2', {}, 'Most typical patches'), element('div', { class: 'typical' }, about.typical.map(([image, row, column, near], i) => {
     const picture = cell(book, 'details', code, i, count, size, wide);
     const link = image >= 0 ? element('a', { href: linkTo({ image, patch: row * site.grid[1] + column, book: book.key }), 'aria-label': `typical patch ${i + 1}, in image ${image}` }, picture) : picture;
-    return element('figure', {}, link, element('figcaption', {}, `cosine ${near.toFixed(2)}`));
+    return element('figure', {}, link, element('figcaption', {}, `${book.measure} ${near.toFixed(2)}`));
   })));
   if (about.typical.length < count) main.append(element('p', { class: 'soft' }, `It occurs in ${about.typical.length} image${about.typical.length === 1 ? '' : 's'} only.`));
   const heat = element('canvas', { width: site.grid[1], height: site.grid[0], class: 'pixels', role: 'img', 'aria-label': `where in the image code ${code} occurs` });
@@ -278,7 +278,7 @@ async function viewCode(main, parameters) {
       return element('tr', {}, element('td', {}, className(c)), element('td', {}, meter), element('td', {}, percent(part)));
     })))) : null));
   const cards = (list, words) => element('ul', { class: 'cards' }, list.map(([other, value]) => element('li', {}, card(book, other, words(value)))));
-  main.append(element('h2', {}, 'Nearest codes'), cards(about.nearest, (x) => `cosine ${x.toFixed(2)}`), element('h2', {}, 'Codes of the same images'),
+  main.append(element('h2', {}, 'Nearest codes'), cards(about.nearest, (x) => `${book.measure} ${x.toFixed(2)}`), element('h2', {}, 'Codes of the same images'),
     about.together.length ? cards(about.together, (x) => `${x.toFixed(1)} times chance`) : element('p', { class: 'empty' }, 'None occurs with it more often than by chance.'));
   if (site.books.length > 1) {
     const pairs = (await explorer.need('compare', 'data/compare.js'))[book.key][code] || [], other = books[book.key === 'a' ? 'b' : 'a'];
@@ -634,7 +634,8 @@ function viewAbout(main) {
   say(`Made ${site.made.replace('T', ' ')} from ${number(site.surveyed)} images of ${site.source}, prepared as for evaluation (${site.side} px, ${site.grid[0]} x ${site.grid[1]} patches). ` +
     (site.skipped ? `${number(site.skipped)} that do not decode were left out. ` : '') + `${number(site.images)} can be opened here; the figures of codes are of all.`);
   site.books.forEach((book) => say(`${book.name}: ${number(book.used)} of ${number(book.size)} codes occur; perplexity ${number(Math.round(book.perplexity))}.`));
-  say('Typical patches are those whose vectors are nearest to the code (cosine), one an image, with what surrounds them; beyond the image all is grey.');
+  say('Typical patches are those whose vectors are nearest to the code, one an image, with what surrounds them; beyond the image all is grey. ' +
+    'How near is 1 less half the squared distance: the cosine, where vectors have length 1.');
   say('Spread is the entropy of where in the image a code occurs, over the largest possible.');
   if (site.classes) say('Purity is 1 less the entropy of the classes of a code’s patches over that of all patches. A code that occurs a few times is pure by chance.');
   else say('These images have no labels: there are no classes, and no purity.');
