@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md that come from the TPU compiler: every program compiled for chips that are not there.
+"""The tables of docs/estimates.md, which come from the TPU compiler: every program compiled for chips that are not there.
 
   python benchmarks/tpu_estimates.py            compiles what benchmarks/tpu_estimates.json lacks, or has with other arguments (minutes each),
                                                 then prints; † marks rows of older code
@@ -19,9 +19,6 @@ from pathlib import Path
 RESULTS = Path(__file__).with_suffix('.json')
 B16, L16, VQKD = 'configs/beitv2_b16.py', 'configs/beitv2_l16.py', 'configs/vqkd_b16.py'
 SLICES = {64: dict(v4='4x4x4', v5e='8x8', v5p='4x4x4', v6e='8x8'), 256: dict(v5e='16x16')}
-
-
-COPIED = '--config.mesh.shard_state=False'  # every chip holds and updates all parameters
 CODE = 3  # raised when what the programs do changes: rows of a smaller number are marked in the tables
 
 
@@ -41,20 +38,16 @@ def runs() -> dict[str, list[str]]:
     add(f'student base {chip} 128', B16, topology, 'student', *batch(512, parts))
     add(f'student large {chip} 128', L16, topology, 'student', *batch(512, parts))
   add('student base 32', B16, 'v5e:2x2', 'student', *batch(128))
-  add('student base 32, copied', B16, 'v5e:2x2', 'student', *batch(128), COPIED)
   for dtype in ('float32', 'bfloat16'):
     add(f'frozen {dtype}', B16, 'v5e:2x2', 'frozen', *batch(128), f'--config.tokenizer_dtype={dtype}')
   for chips, slices in SLICES.items():
     for chip, shape in slices.items():
       for name, config in (('tokenizer', VQKD), ('base', B16), ('large', L16)):
         add(f'{name} {chip} {chips}', config, f'{chip}:{shape}', 'step')
-        if chip == 'v5e' and name != 'large':
-          add(f'{name} {chip} {chips}, copied', config, f'{chip}:{shape}', 'step', COPIED)
   for n in (8, 16, 64):
     add(f'growth batch {n}', B16, 'v5e:2x2', 'student', *batch(4 * n))
   add('base v5e 16', B16, 'v5e:4x4', 'step', *batch(2048, 4))  # and on 64 and 256 chips, above
   add('growth size 384', B16, 'v5e:2x2', 'student', *batch(32), '--config.data.image_size=384', '--config.mask.count=220')
-  add('growth size 384, 32 images', B16, 'v5e:2x2', 'student', *batch(128, 4), '--config.data.image_size=384', '--config.mask.count=220')
   add('fine-tuning base v5e 4', 'configs/finetune_b16.py', 'v5e:2x2', 'step', *batch(1024, 4))
   add('fine-tuning base v5e 4, 384 px', 'configs/finetune_b16.py', 'v5e:2x2', 'step', *batch(1024, 16), '--config.data.image_size=384')
   add('UperNet base v5e 4', 'configs/ade20k_b16.py', 'v5e:2x2', 'step')
@@ -93,17 +86,12 @@ def number(key: str, form: str = '{:,.0f}', unit: int = 1):
 
 
 COLUMNS = {
-  'state': lambda r: '–' if '--part=frozen' in r['arguments'] else 'copied' if COPIED in r['arguments'] else 'split',
   'images a chip': lambda r: f'{r["images_per_chip"]:g}',
   'images/s a chip': number('images_per_second_chip'),
   'of peak': lambda r: f'{100 * r["share_of_peak"]:.1f} %',
-  'by instructions': lambda r: f'{100 * r["share_of_peak"] * r["cycles"] / r["issued"]:.1f} %' if r.get('issued') else '–',
   'as scheduled': number('images_per_second_chip_scheduled'),
   'if no collective hides': number('images_per_second_chip_no_overlap'),
   'GiB sent': number('collective_bytes', '{:.2f}', 2**30),
-  'parameters': lambda r: f'{r["memory"]["parameters"] / 2**30:.2f}',
-  'optimizer': lambda r: f'{r["memory"]["optimizer"] / 2**30:.2f}',
-  'temporaries': lambda r: f'{r["memory"]["temporary"] / 2**30:.2f}',
   'GiB a chip': lambda r: (
     f'{r["memory"]["total"] / 2**30:.1f} of {r["memory"]["chip"] / 2**30:.0f}' + ' (too much)' * (not r['memory']['fits'])
   ),
