@@ -151,10 +151,11 @@ class Mirror:
     if self.thread:
       with reaching(self.workdir / name):
         if (self.workdir / name).exists():
-          (self.folder / name).write_bytes((self.workdir / name).read_bytes())
-          self.sent[self.folder / name] = _version(
-            self.folder / name
-          )  # or every process of a run would upload it again, whose copy may be old by then
+          data = (self.workdir / name).read_bytes()
+          with self.lock:
+            (self.folder / name).write_bytes(data)
+            # Or every process of a run would upload it again, whose copy may be old by then.
+            self.sent[self.folder / name] = _version(self.folder / name)
 
   def send(self) -> None:
     """Raises OSError if the bucket does not take it."""

@@ -26,6 +26,7 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$command" ] || usage
 for arg in "$@"; do case "$arg" in --workdir=*) workdir=${arg#--workdir=} ;; esac; done
+workdir=${workdir/#\~\//$HOME/}  # bash leaves the ~ of --workdir=~/runs alone, training does not
 [ "$command" = install ] || [ -n "$workdir" ] || { echo 'error: give the workdir: --workdir DIR, or --workdir=DIR among the training arguments after --' >&2; exit 2; }
 
 run() { if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
@@ -44,6 +45,9 @@ done"
     return
   fi
   [ -x .venv/bin/python ] || { echo "error: no .venv here; run $0 install first" >&2; exit 2; }
+  if kill -0 "$(cat "$workdir/launch.pid" 2>/dev/null)" 2>/dev/null; then
+    echo "error: a run in $workdir is going on; stop it first: $0 stop --workdir $workdir" >&2; exit 2
+  fi
   mkdir -p "$workdir"
   [ -z "$gpus" ] || export CUDA_VISIBLE_DEVICES=$gpus
   nohup bash -c "$script" >> "$workdir/train.log" 2>&1 < /dev/null &

@@ -50,7 +50,7 @@ boot_script() {  # what each host does when it comes up; $1: where the code lies
 exec >> /var/log/beitv2_jax.log 2>&1
 mkdir -p /opt/beitv2_jax && cd /opt/beitv2_jax
 if [ ! -e ready ]; then
-  gcloud storage cp $1 code.tgz && tar xzf code.tgz && python3 -m venv tools && tools/bin/pip install -q uv \\
+  gcloud storage cp $(printf %q "$1") code.tgz && tar xzf code.tgz && python3 -m venv tools && tools/bin/pip install -q uv \\
     && tools/bin/uv venv -q --python 3.12 .venv && tools/bin/uv pip install -q --python .venv -c requirements.lock -e '.[tpu,gcs]' && touch ready || exit 1
 fi
 export HOME=/root
@@ -74,11 +74,19 @@ start() {
   if [ -n "$dry" ]; then sed 's/^/  | /' "$boot"; fi
   run git archive --format=tar.gz -o "$boot.tgz" HEAD
   run gcloud storage cp "$boot.tgz" "$code"
-  run gcloud compute resource-policies create workload-policy "$name" --region="$region" --type=HIGH_THROUGHPUT --accelerator-topology="$topology"
+  there resource-policies "$name" --region="$region" || run gcloud compute resource-policies create workload-policy "$name" \
+    --region="$region" --type=HIGH_THROUGHPUT --accelerator-topology="$topology"
+  if there instance-templates "$name"; then run gcloud compute instance-templates delete "$name" --quiet; fi  # these arguments may be others
   run gcloud compute instance-templates create "$name" --machine-type="$machine" --maintenance-policy=TERMINATE \
     --image-family="${image%/*}" --image-project="${image#*/}" --boot-disk-size=100GB --scopes=cloud-platform --metadata-from-file=startup-script="$boot" \
     ${spot:+--provisioning-model=SPOT} ${spot:+--instance-termination-action=STOP}
   create
+}
+# Whether a start that failed, for want of machines, has left it behind.
+there() {
+  local kind
+  read -ra kind <<< "$1"
+  [ -z "$dry" ] && gcloud compute "${kind[@]}" describe "${@:2}" > /dev/null 2>&1
 }
 create() { group create --size="$hosts" --template="$name" --target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing \
   --workload-policy="projects/$(project)/regions/$region/resourcePolicies/$name"; }
@@ -86,9 +94,10 @@ project() { if [ -n "$dry" ]; then echo PROJECT; else gcloud config get-value pr
 
 watch() {
   [ -z "$dry" ] || { echo "every $every s: if fewer than $hosts hosts of $name are RUNNING that once were,"; group delete --quiet; create; return; }
-  local were=0 are
+  local were=0 are list
   while true; do
-    are=$(running | grep -c RUNNING || true)
+    list=$(running) || { sleep "$every"; continue; }  # an answer that did not come says nothing about the hosts
+    are=$(grep -c RUNNING <<< "$list" || true)
     if [ "$are" -lt "$were" ]; then
       echo "$(date): $are of $hosts hosts are left; making the slice anew"
       group delete --quiet
@@ -102,11 +111,13 @@ watch() {
 
 case "$command" in
   start) start "$@" ;;
-  watch) start "$@"; watch ;;
+  watch) there 'instance-groups managed' "$name" --zone="$zone" || start "$@"; watch ;;  # a group that is there is only watched
   log) on "$(hosts_now | head -n 1)" 'tail -n 50 -F /var/log/beitv2_jax.log' ;;
   stop) for host in $(hosts_now); do on "$host" "sudo pkill -TERM -f '[b]eitv2_jax.main' || true"; done ;;
-  delete)
-    group delete --quiet
-    run gcloud compute instance-templates delete "$name" --quiet
-    run gcloud compute resource-policies delete "$name" --region="$region" --quiet ;;
+  delete)  # all three, also where a start that failed has made only some
+    code=0
+    group delete --quiet || code=1
+    run gcloud compute instance-templates delete "$name" --quiet || code=1
+    run gcloud compute resource-policies delete "$name" --region="$region" --quiet || code=1
+    exit $code ;;
 esac

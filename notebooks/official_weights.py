@@ -52,7 +52,8 @@ FILE = Path('vqkd_clip.pth')
 
 if not FILE.exists() and not QUICK:
   try:
-    urllib.request.urlretrieve(OFFICIAL, FILE)
+    urllib.request.urlretrieve(OFFICIAL, 'vqkd_clip.part')
+    Path('vqkd_clip.part').rename(FILE)
   except OSError as e:
     print(f'not fetched ({e}); a small file in the same format takes its place')
 real = FILE.exists()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -183,17 +182,11 @@ def test_where_nothing_can_be_renamed_only_marked_checkpoints_count(tmp_path, mo
 
 
 def test_a_run_copied_from_a_disk_goes_on(tmp_path, monkeypatch):
-  """Nothing there is marked. Of two checkpoints the newer one was not copied to its end."""
-  config = smoke('tokenizer', checkpoint__every=2)
-  loop.run(config, tmp_path)
-  before = metrics.read(tmp_path)
-  shutil.rmtree(tmp_path / 'checkpoints' / '6' / 'optimizer')
+  """Orbax marks its checkpoints on a disk too."""
+  loop.run(smoke('tokenizer', checkpoint__every=2, steps=4), tmp_path)
   monkeypatch.setattr(storage, 'renames', lambda path: False)
-  assert stages.load_variables(tmp_path)[2] == 6  # whose variables are whole
-  loop.run(config, tmp_path)
-  starts = [e['step'] for e in events.read(tmp_path) if e['event'] == 'started']
-  assert starts == [0, 4] and (tmp_path / 'checkpoints' / '4' / 'commit_success.txt').exists()
-  assert [r['loss'] for r in metrics.read(tmp_path)] == [r['loss'] for r in before]
+  loop.run(smoke('tokenizer', checkpoint__every=2), tmp_path)
+  assert [e['step'] for e in events.read(tmp_path) if e['event'] == 'started'] == [0, 4]
 
 
 def test_a_mirror_sends_nothing_that_it_has_only_brought(tmp_path, monkeypatch):

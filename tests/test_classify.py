@@ -269,3 +269,24 @@ def test_real_leaves_out_an_image_that_does_not_decode(tmp_path, monkeypatch):
   model = types.SimpleNamespace(kind='classifier', config=smoke('classifier'), logits=lambda images: np.eye(6)[images[:, 0, 0, 0]])
   found = robustness.run(model, dict(imagenet=f'folder:{tmp_path}/data'), real=str(tmp_path / 'real.json'), batch=4)
   assert found['real'] == dict(acc1=100.0, images=5) and found['imagenet']['images'] == 5
+
+
+def test_a_set_that_names_more_classes_than_it_has_is_judged_among_those_it_has(tmp_path, monkeypatch):
+  """As ImageNet-A and -R of TFDS, which name 1,000 and have 200. The model takes every image for class 0, and then for 5 rather than 1."""
+  for label in (1, 5):
+    Image.fromarray(np.full((40, 40, 3), label, np.uint8)).save(tmp_path / f'{label}.png')
+  (tmp_path / 'list.txt').write_text('1.png 1\n5.png 5\n')
+  monkeypatch.setattr(robustness, 'model_classes', lambda config: [str(i) for i in range(6)])
+  logits = lambda images: np.tile([[9.0, 1, 2, 3, 4, 5]], (len(images), 1))
+  model = types.SimpleNamespace(kind='classifier', config=smoke('classifier'), logits=logits)
+  found = robustness.run(model, dict(a=f'list:{tmp_path}/list.txt'))
+  assert found['a']['classes'] == 2 and found['a']['acc1'] == 50
+
+
+def test_what_is_given_beside_a_recipe_of_sets_counts_more(monkeypatch, tmp_path):
+  given = {}
+  monkeypatch.setattr(robustness, 'run', lambda model, **options: given.update(options) or {})
+  monkeypatch.setattr('beitv2_jax.downstream.trained.load', lambda source: None)
+  args = ['--from', 'x', '--config=configs/robustness.py', '--config.sets.a=folder:a', '--crop-pct', '0.95', '--real', 'r.json']
+  assert commands.run('robustness', args) == 0
+  assert (given['crop_pct'], given['real'], given['sets']['a'], given['batch']) == (0.95, 'r.json', 'folder:a', 64)

@@ -201,10 +201,10 @@ def test_a_stage_trained_here_goes_to_hugging_face(tmp_path):
 def test_a_segmenter_comes_back_from_hugging_face(tmp_path):
   """Its export has a block of zeros more, which the import leaves out again."""
   save_file(random_state('segmenter', Segmenter(8, 12, 2, 8, (2, 2), 5, channels=8, aux_channels=4)), tmp_path / 'in.safetensors')
-  convert.import_checkpoint('segmenter', tmp_path / 'in.safetensors', tmp_path / 'a')
+  convert.import_checkpoint('segmenter', tmp_path / 'in.safetensors', tmp_path / 'a', out_indices=(2, 5, 8, 11))
   convert.export_checkpoint(tmp_path / 'a', tmp_path / 'hf', 'hf')
   said = convert.import_checkpoint('segmenter', tmp_path / 'hf', tmp_path / 'b')  # the directory itself
-  assert '12 blocks of width 8' in said and 'taps after blocks 3, 5, 7, 11' in said
+  assert '12 blocks of width 8' in said and 'taps after blocks 2, 5, 8, 11' in said  # not the usual 3, 5, 7, 11
   a, b = (trees.flatten(stages.load_variables(tmp_path / x)[1]) for x in 'ab')
   assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
@@ -349,3 +349,16 @@ def test_converted_weights_go_to_a_disk(tmp_path):
   stages.write_variables(tmp_path, 0, from_config.fresh_variables(stages_of))
   with pytest.raises(UserError, match='converted weights are written to a disk'):
     convert.export_checkpoint(tmp_path, 'gs://bucket/model.safetensors', 'official')
+
+
+@pytest.mark.parametrize('form', ['hf', 'timm'])
+def test_heads_that_no_table_tells_come_from_what_stands_beside_the_weights(tmp_path, form):
+  """And timm is told that there are no bias tables and no layer scale, which its model of this name has."""
+  c = smoke('classifier', model__classes=5, model__rel_pos='none', model__abs_pos=True, model__layer_scale=0.0, model__heads=4)
+  config.save(c, tmp_path)
+  stages.write_variables(tmp_path, 0, from_config.fresh_variables(c))
+  convert.export_checkpoint(tmp_path, tmp_path / 'out', form)
+  assert f'in {c.model.heads} heads' in convert.import_checkpoint('classifier', tmp_path / 'out', tmp_path / 'back')
+  if form == 'timm':
+    told = json.loads((tmp_path / 'out' / 'config.json').read_text())['model_args']
+    assert told['use_abs_pos_emb'] and not told['use_rel_pos_bias'] and told['init_values'] is None and told['global_pool'] == 'avg'

@@ -13,6 +13,7 @@ import beitv2_jax
 from beitv2_jax import commands
 from beitv2_jax import config as config_lib
 from beitv2_jax.downstream import survey as surveys
+from beitv2_jax.downstream.codes import tokenize
 from beitv2_jax.downstream.survey import Survey
 from beitv2_jax.models import from_config, quantizer
 from beitv2_jax.pictures import explorer_files as files
@@ -145,6 +146,11 @@ def stages(tmp_path_factory):
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = rng.integers(0, 256, (5, 5, 3), np.uint8)
     Image.fromarray(coarse.repeat(8, 0).repeat(8, 1)).save(path)
+  for kind, picture in (('images', (16, 16, 3)), ('masks', (16, 16))):
+    for split in ('train', 'val'):
+      path = root / 'scenes' / split / kind / '0.png'
+      path.parent.mkdir(parents=True)
+      Image.fromarray(np.zeros(picture, np.uint8)).save(path)
   return root
 
 
@@ -169,8 +175,6 @@ def test_the_site_says_what_the_tokenizer_does(stages, site):
   assert site_data.read(site / 'data' / 'compare.js').keys() >= {'information', 'normalized', 'a', 'b'}
   # Image 3 of the page, through the tokenizer once more.
   model, name, label = beitv2_jax.load(stages / 'one'), summary['names'][3], summary['labels'][3]
-  from beitv2_jax.downstream.codes import tokenize
-
   _, codes = tokenize(model, [stages / 'images' / f'kind {label}' / name])
   np.testing.assert_array_equal(files.read_codes(site, 0, summary['grid'])['a'][3], codes[0])
   # What is said of a code agrees with the counts.
@@ -203,6 +207,28 @@ def test_images_of_ones_own(stages, site, tmp_path, capsys):
   arguments[3] = f'{stages}/one'
   assert commands.run('explore', arguments) == 2
   assert 'the explorer in' in capsys.readouterr().err
+
+
+def test_added_images_are_looked_at_by_the_same_model(stages, tmp_path, capsys):
+  assert explore(stages, tmp_path, '--features-from', f'{stages}/two') == 0
+  arguments = ['--from', f'{stages}/one', '--out', str(tmp_path), '--add', f'{stages}/images/kind 1']
+  assert commands.run('explore', arguments) == 2
+  assert f'has features {stages}/two: give the same --features-from' in capsys.readouterr().err
+  assert commands.run('explore', [*arguments, '--features-from', f'{stages}/two']) == 0
+
+
+def test_images_are_cropped_as_the_tokenizer_was_evaluated(stages, tmp_path, capsys):
+  untrained(smoke('tokenizer', model__teacher_width=8, data__crop_pct=0.5), tmp_path / 'one')
+  shutil.copytree(stages / 'images', tmp_path / 'images')
+  assert explore(tmp_path, tmp_path / 'site') == 0
+  summary, model = files.read_summary(tmp_path / 'site'), beitv2_jax.load(tmp_path / 'one')
+  name = tmp_path / 'images' / f'kind {summary["labels"][3]}' / summary['names'][3]
+  codes = tokenize(model, [name])[1]
+  np.testing.assert_array_equal(files.read_codes(tmp_path / 'site', 0, summary['grid'])['a'][3], codes[0])
+  whole = beitv2_jax.load(stages / 'one')  # the same weights, with another crop
+  assert not np.array_equal(codes, tokenize(whole, [name])[1])
+  assert explore(tmp_path, tmp_path / 'other', '--compare', f'{stages}/two') == 2
+  assert '--compare was trained on images that are cropped or read in another way' in capsys.readouterr().err
 
 
 def test_faces_of_a_pixel_decoder(stages, tmp_path):
@@ -260,6 +286,7 @@ def test_images_that_do_not_decode_are_left_out(stages, tmp_path):
     (['--data', 'fake:4', '--pixels', '{stages}/two'], 'this is a tokenizer model'),
     (['--data', 'fake:4', '--compare', '{stages}/pixels'], '--compare is a pixels model'),
     (['--add', '{stages}/images'], 'no explorer in'),
+    (['--data', 'scenes:{stages}/scenes'], 'are images with masks'),
   ],
 )
 def test_bad_input(stages, tmp_path, capsys, arguments, message):

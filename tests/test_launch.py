@@ -1,5 +1,6 @@
 """The launch scripts print what they would do."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_a_tpu_host_trains_when_it_comes_up(tmp_path):
   tools = tmp_path / 'tools'
   tools.mkdir()
   for name, body in {
-    'gcloud': 'touch "${@: -1}"',
+    'gcloud': '[ $# = 4 ] && touch "$4"',
     'tar': 'true',
     'python3': 'mkdir -p tools/bin .venv/bin; cp "$TOOLS/pip" tools/bin/pip; cp "$TOOLS/uv" tools/bin/uv',
     'pip': 'true',
@@ -147,3 +148,61 @@ def test_shellcheck():
   scripts = sorted(map(str, Path('launch').glob('*.sh')))
   done = subprocess.run([Path(sys.executable).parent / 'shellcheck', *scripts], capture_output=True, text=True)
   assert len(scripts) == 4 and done.returncode == 0, done.stdout
+
+
+def fake_gcloud(folder, body):
+  """Environment with a gcloud of our own, which notes how it was called."""
+  (folder / 'bin').mkdir()
+  for name, text in {'gcloud': f'echo "$*" >> {folder}/calls\n{body}', 'sleep': 'true'}.items():
+    (folder / 'bin' / name).write_text('#!/bin/bash\n' + text + '\n')
+    (folder / 'bin' / name).chmod(0o755)
+  return {'PATH': f'{folder}/bin:/usr/bin:/bin', 'HOME': str(folder)}
+
+
+def test_an_answer_that_does_not_come_deletes_no_slice(tmp_path):
+  """The third listing fails, the fourth has all hosts, the fifth ends the test."""
+  body = f"""case "$*" in *list-instances*)
+    echo x >> {tmp_path}/listed
+    case $(wc -l < {tmp_path}/listed) in 3) exit 1 ;; 5) kill -9 $PPID ;; esac
+    printf 'a\\tRUNNING\\nb\\tRUNNING\\n' ;; esac"""
+  env = fake_gcloud(tmp_path, body)
+  script = ['launch/tpu_vm.sh', 'watch', *TPU[1:], *SLICE, *BUCKET]
+  subprocess.run(['bash', *script], env=env, capture_output=True, timeout=60)
+  calls = (tmp_path / 'calls').read_text()
+  assert calls.count('list-instances') == 5 and 'delete' not in calls and 'create' not in calls  # the group was there already
+
+
+def test_what_a_failed_start_left_behind_is_deleted_and_made_again(tmp_path):
+  env = fake_gcloud(
+    tmp_path, 'case "$*" in *"managed delete"*|*"managed create"*|*"managed describe"*) exit 1 ;; *get-value*) echo project ;; esac'
+  )
+  gone = subprocess.run(['bash', 'launch/tpu_vm.sh', 'delete', *TPU[1:]], env=env, capture_output=True, text=True, timeout=60)
+  calls = (tmp_path / 'calls').read_text()
+  assert gone.returncode == 1 and 'instance-templates delete' in calls and 'resource-policies delete' in calls
+  (tmp_path / 'calls').unlink()
+  subprocess.run(['bash', 'launch/tpu_vm.sh', 'start', *TPU[1:], *SLICE, *BUCKET], env=env, capture_output=True, timeout=60)
+  calls = (tmp_path / 'calls').read_text()  # policy and template are said to be there
+  assert 'resource-policies create' not in calls and calls.index('instance-templates delete') < calls.index('instance-templates create')
+  assert 'managed create' in calls
+
+
+def test_gpu_host_finds_the_home_folder_and_leaves_a_run_alone(tmp_path):
+  (tmp_path / 'runs').mkdir()
+  out = subprocess.run(
+    ['bash', 'launch/gpu_host.sh', '--dry-run', 'log', '--', '--workdir=~/runs'],
+    env={'HOME': str(tmp_path), 'PATH': '/usr/bin:/bin'},
+    capture_output=True,
+    text=True,
+  )
+  assert f'{tmp_path}/runs/train.log' in out.stdout
+  (tmp_path / 'runs' / 'launch.pid').write_text(f'{os.getpid()}\n')
+  (tmp_path / '.venv' / 'bin').mkdir(parents=True)
+  (tmp_path / '.venv' / 'bin' / 'python').symlink_to(sys.executable)
+  again = subprocess.run(
+    ['bash', Path('launch/gpu_host.sh').absolute(), 'start', '--', f'--workdir={tmp_path}/runs'],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  assert again.returncode == 2 and 'is going on; stop it first' in again.stderr
+  assert (tmp_path / 'runs' / 'launch.pid').read_text() == f'{os.getpid()}\n'

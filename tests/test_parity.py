@@ -303,3 +303,16 @@ def test_a_teacher_in_several_files_or_as_a_bin(tmp_path, form):
     ours.apply(params, x) for ours, params in (teacher.load('clip', str(tmp_path / name), (4, 4)) for name in ('whole', form))
   )
   np.testing.assert_array_equal(whole, parts)
+
+
+@pytest.mark.parametrize('pooled', [True, False], ids=['pooled', 'cls'])
+def test_timms_local_dir_of_a_model_without_bias_tables(tmp_path, pooled):
+  """As fine-tuning starts from a tokenizer's encoder, and as a head on [CLS]."""
+  kinds = dict(rel_pos='none', abs_pos=True, layer_scale=0.0) if pooled else dict(mean_pooling=False)
+  model = imported(tmp_path, 'classifier', Classifier(32, 3, 2, 8, (4, 4), 7, **kinds), heads=2)
+  convert.export_checkpoint(tmp_path / 'dir', tmp_path / 'timm', 'timm')
+  theirs = import_timm().create_model(f'local-dir:{tmp_path}/timm', pretrained=True).eval()
+  with torch.no_grad():
+    expected = theirs(nchw(images())).numpy()
+  np.testing.assert_allclose(model.logits(images(), normalize=False), expected, atol=1e-4)
+  assert expected.std() > 0.1

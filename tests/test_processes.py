@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from beitv2_jax.configs import finetune_b16
 
-from beitv2_jax import main
 from beitv2_jax.errors import SaveError, UserError
 from beitv2_jax.training import loop, metrics, peers
 from beitv2_jax.weights import stages
@@ -118,45 +117,45 @@ def test_a_silent_process_is_lost_and_one_that_finished_is_not():
   watch = peers.Watch(client=None, process=0, silence=20.0)
   values = [('alive/0', '5 here'), ('alive/1', '5 there'), ('alive/2', 'finished elsewhere')]
   assert not watch.lost(values, 0.0) and not watch.lost(values, 19.0)
-  assert watch.lost(values, 21.0) == 'process 1 on there is lost: nothing was heard of it for 21 s'
+  assert watch.lost(values, 21.0) == ('process 1 on there is lost: nothing was heard of it for 21 s', 75)
   values[1] = ('alive/1', '6 there')
   assert not watch.lost(values, 22.0)
 
 
 def test_one_that_failed_is_named_unless_the_others_fail_as_well():
   watch = peers.Watch(client=None, process=0, silence=20.0)
-  values = [('alive/0', '5 here'), ('alive/1', 'failed there')]
+  values = [('alive/0', '5 here'), ('alive/1', 'failed 1 there')]
   assert not watch.lost(values, 0.0) and not watch.lost(values, 19.0)
-  assert watch.lost(values, 21.0) == 'process 1 on there ended with an error, which it has printed'
+  assert watch.lost(values, 21.0) == ('process 1 on there ended with an error, which it has printed', 75)
+  values[1] = ('alive/1', 'failed 2 there')  # bad input: to try again would not help
+  assert not watch.lost(values, 30.0) and watch.lost(values, 51.0) == ('process 1 on there ended with an error, which it has printed', 2)
 
 
 def test_process_0_that_fails_waits_until_the_others_have_said_something():
-  said = {f'{peers.FOLDER}/1': ['7 there', '8 there', 'failed there', 'failed there']}
+  said = {f'{peers.FOLDER}/1': ['7 there', '8 there', 'failed 1 there', 'failed 1 there']}
   client = types.SimpleNamespace(
     key_value_set=lambda key, value, allow_overwrite: said.update({key: [value]}),
     key_value_dir_get=lambda folder: [(key, values.pop(0) if len(values) > 1 else values[0]) for key, values in said.items()],
   )
-  peers.Watch(client, 0, beat=0.01, silence=60.0, expected=2).failed()
-  assert said[f'{peers.FOLDER}/0'][0].startswith('failed ') and said[f'{peers.FOLDER}/1'] == ['failed there']
+  peers.Watch(client, 0, beat=0.01, silence=60.0, expected=2).failed(1)
+  assert said[f'{peers.FOLDER}/0'][0].startswith('failed 1 ') and said[f'{peers.FOLDER}/1'] == ['failed 1 there']
   said[f'{peers.FOLDER}/1'] = ['9 there']
-  peers.Watch(client, 0, beat=0.01, silence=0.05, expected=2).failed()  # for so long only
+  peers.Watch(client, 0, beat=0.01, silence=0.05, expected=2).failed(1)  # for so long only
   assert said[f'{peers.FOLDER}/1'] == ['9 there']
 
 
-def test_a_run_that_fails_says_so_and_does_not_say_that_it_is_done(monkeypatch, tmp_path):
-  words = []
-  monkeypatch.setattr(peers, 'finished', lambda: words.append('finished'))
-  monkeypatch.setattr(peers, 'leave', lambda code, unforeseen=None: words.append(('failed', code)))
-  with pytest.raises(SystemExit):
-    main.main(['main', '--config=configs/vqkd_b16.py:smoke', f'--workdir={tmp_path}/run', '--config.data.source=folder:/nowhere'])
-  assert words == [('failed', 2)]
+def test_bad_input_of_both_processes_is_said_by_both_at_once(tmp_path):
+  both = start_two(f'--workdir={tmp_path}/run', '--config.data.source=folder:/nowhere')
+  for p in both:
+    text, _ = p.communicate(timeout=60)
+    assert p.returncode == 2 and '/nowhere' in text and 'process' not in text and 'Traceback' not in text, text
 
 
 @pytest.mark.slow
 def test_bad_input_of_one_process_ends_the_other(tmp_path):
   both = start_two(f'--workdir={tmp_path}', '--config.steps=100000', second=['--config.data.source=folder:/nowhere'])
   texts = [p.communicate(timeout=120)[0] for p in both]
-  assert [p.returncode for p in both] == [peers.LOST, 2], texts
+  assert [p.returncode for p in both] == [2, 2], texts
   assert 'process 1 on' in texts[0] and 'ended with an error, which it has printed' in texts[0] and '/nowhere' in texts[1]
 
 
@@ -231,5 +230,5 @@ def test_a_process_that_dies_before_it_has_said_a_word_is_lost_too():
   watch = peers.Watch(None, 0, expected=2)
   now = watch.seen[f'{peers.FOLDER}/1'][1]
   mine = [(f'{peers.FOLDER}/0', '1 here')]
-  assert watch.lost(mine, now + 10) == ''
-  assert 'process 1 on an unknown host is lost' in watch.lost([(f'{peers.FOLDER}/0', '9 here')], now + 25)
+  assert watch.lost(mine, now + 10) is None
+  assert 'process 1 on an unknown host is lost' in watch.lost([(f'{peers.FOLDER}/0', '9 here')], now + 25)[0]

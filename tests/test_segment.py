@@ -1,6 +1,8 @@
 """Segmentation: data, exact metrics and windows, training and prediction."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +214,32 @@ def test_training_learns_and_the_exact_scores_agree(trained, folder):
   assert np.abs(stats['mean']).max() > 0  # the running statistics moved
 
 
+def test_a_pair_that_does_not_decode_is_left_out(trained, folder, tmp_path):
+  """It has the place of no other: the scores are those of the set without it."""
+  labels, model = scenes.Labels(CLASSES, ignore=(9, 255)), beitv2_jax.load(trained[0])
+  shutil.copytree(folder, tmp_path / 'broken')
+  (tmp_path / 'broken' / 'val' / 'images' / '1.png').write_bytes(b'no image')
+  shutil.copytree(folder, tmp_path / 'without')
+  for kind in ('images', 'masks'):
+    (tmp_path / 'without' / 'val' / kind / '1.png').unlink()
+  found = [segmentation.evaluate(model, sources.make(f'scenes:{tmp_path}/{name}', 'eval'), labels) for name in ('broken', 'without')]
+  assert found[0]['images'] == 4 and found[0]['miou'] == found[1]['miou'] and found[0]['aacc'] == found[1]['aacc']
+
+
+def test_scales_below_one_do_not_look_beyond_the_image():
+  """As in the official multi-scale test. This network knows only where a pixel lies in its window."""
+  place = np.stack([np.linspace(0, 5, 64).reshape(8, 8), np.linspace(5, 0, 64).reshape(8, 8)], -1)
+  logits_of = lambda images: np.tile(place[None].astype(np.float32), (len(images), 1, 1, 1))
+  image = np.zeros((50, 90, 3), np.uint8)
+  small, one = (np.asarray(segmentation.probabilities(logits_of, image, (32, 32), scale=scale)) for scale in (0.5, 1.0))
+  np.testing.assert_array_equal(small, one)
+
+
+def test_images_without_masks_are_no_scenes(trained, folder, capsys):
+  assert commands.run('segmentation', ['--from', str(trained[0]), '--data', f'folder:{folder}/val/images']) == 2
+  assert 'these images have no masks: give scenes:PATH' in capsys.readouterr().err
+
+
 def test_scores_from_the_command_line(trained, capsys, tmp_path):
   assert commands.run('segmentation', ['--from', str(trained[0]), '--json', f'{tmp_path}/s.json']) == 0
   assert 'dark' in capsys.readouterr().out
@@ -230,6 +258,17 @@ def test_predicted_masks(trained, folder, tmp_path):
   assert mask.shape == scene(10)[1].shape and mask.max() < CLASSES
   assert np.array(Image.open(result['overlay'])).shape == (*mask.shape, 3)
   assert sum(result['classes'].values()) == pytest.approx(100, abs=0.1)
+
+
+def test_masks_stay_below_the_folder_that_was_given(trained, folder, tmp_path, monkeypatch):
+  (tmp_path / 'here').mkdir()
+  monkeypatch.chdir(tmp_path / 'here')
+  shutil.copytree(folder / 'val' / 'images', tmp_path / 'photos')
+  shutil.copytree(folder / 'val' / 'images', tmp_path / 'here' / 'more')
+  args = ['predict', ['--from', str(trained[0]), '../photos/0.png', 'more/1.png', '--out', 'o', '--json', 'r.json']]
+  assert commands.run(*args) == 0
+  written = [Path(row['mask']).resolve() for row in json.loads(Path('r.json').read_text())]
+  assert len(written) == 2 and all((tmp_path / 'here' / 'o') in path.parents and path.exists() for path in written)
 
 
 def test_masks_of_images_of_one_name_do_not_overwrite_each_other(trained, folder, tmp_path):

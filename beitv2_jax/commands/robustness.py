@@ -4,8 +4,8 @@
   python -m beitv2_jax robustness --from runs/b16_ft --data imagenet=tfds:imagenet2012 --real real.json
   python -m beitv2_jax robustness --from runs/b16_ft --config=configs/robustness.py --config.sets.a=folder:imagenet-a
 
-A set whose folders are some of the model's classes is judged among those alone. --config reads names and sources from a file that
-you keep.
+A set with images of some of the model's classes is judged among those alone. --config reads names, sources and settings from a file that
+you keep; what is given beside it counts more.
 """
 
 from typing import Any
@@ -21,16 +21,14 @@ def main(argv: list[str] | None = None) -> None:
   arguments.add_data(parser, f'a labelled set and its name, NAME={arguments.SOURCE}; once for each set', action='append', default=[])
   arguments.add_json(parser)
   arguments.add_batch(parser, 64)
-  parser.add_argument('--real', metavar='FILE', default='', help="ReaL's labels (real.json), judged on the set named imagenet")
-  parser.add_argument(
-    '--crop-pct', type=float, default=0.875, help='0.875 is the official evaluation; timm takes 0.9 for base, 0.95 for large'
-  )
+  parser.set_defaults(batch=None)
+  parser.add_argument('--real', metavar='FILE', help="ReaL's labels (real.json), judged on the set named imagenet")
+  parser.add_argument('--crop-pct', type=float, help='default 0.875, the official evaluation; timm takes 0.9 for base, 0.95 for large')
   args, left = parser.parse_known_args(argv)
-  options: dict[str, Any] = dict(
-    sets=dict(map(_named, args.data)), real=args.real, data_dir=args.data_dir, crop_pct=args.crop_pct, batch=args.batch
-  )
-  if left:
-    options = _from_config(left, options)
+  options: dict[str, Any] = _from_config(left) if left else dict(sets={}, crop_pct=0.875)
+  given = dict(real=args.real, data_dir=args.data_dir, crop_pct=args.crop_pct, batch=args.batch)
+  options |= {k: v for k, v in given.items() if v not in (None, '')}
+  options['sets'] |= dict(map(_named, args.data))
   if not 0 < options['crop_pct'] <= 1:
     raise UserError(f'--crop-pct {options["crop_pct"]}: above 0 and at most 1.')
   from beitv2_jax.downstream import robustness, trained
@@ -49,12 +47,11 @@ def _named(text: str) -> tuple[str, str]:
   return name, source
 
 
-def _from_config(left: list[str], options: dict[str, Any]) -> dict[str, Any]:
+def _from_config(left: list[str]) -> dict[str, Any]:
   from beitv2_jax import recipes
 
   config = recipes.from_arguments(left)
-  ours = dict(real=config.real, data_dir=config.data_dir, crop_pct=config.crop_pct, batch=config.batch_size)
-  return ours | dict(sets=dict(config.sets) | options['sets'])
+  return dict(sets=dict(config.sets), real=config.real, data_dir=config.data_dir, crop_pct=config.crop_pct, batch=config.batch_size)
 
 
 def show(result: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tarfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from beitv2_jax.errors import UserError
 from beitv2_jax.progress import bar
 
 WNID = re.compile(r'n\d{8}')
-MOST_OPEN = 256  # tars; many systems let a process open 1,024 files
+MOST_OPEN = 64  # tars of a source; some systems let a process open 256 files
 
 
 class Part(io.RawIOBase):
@@ -104,10 +105,18 @@ class Tars:
     self.rows = np.arange(self.ends[-1]) if by_name else held_out(int(self.ends[-1]), split, holdout)
     self.classes, numbers = _classes({str(f): x.labels for f, x in indices.items()}, self.files)
     self.labels = np.concatenate([numbers[f] for f in self.files]) if self.classes else None
+    self._begin()
+
+  def _begin(self) -> None:
     self._open: dict[int, io.FileIO] = {}
+    self._lock = threading.Lock()
 
   def __getstate__(self):
-    return self.__dict__ | dict(_open={})
+    return {k: v for k, v in self.__dict__.items() if k not in ('_open', '_lock')}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._begin()
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -126,10 +135,9 @@ class Tars:
 
   def _read(self, number: int, size: int, offset: int) -> bytes:
     """From a tar that stays open, for all threads; with more than MOST_OPEN tars the others are opened for each image."""
-    if number not in self._open and len(self._open) < MOST_OPEN:
-      file = open(self.files[number], 'rb', buffering=0)  # noqa: SIM115  # open as long as the source is
-      if self._open.setdefault(number, file) is not file:  # another thread was first
-        file.close()
+    with self._lock:
+      if number not in self._open and len(self._open) < MOST_OPEN:
+        self._open[number] = open(self.files[number], 'rb', buffering=0)  # noqa: SIM115  # open as long as the source is
     if number in self._open:
       return os.pread(self._open[number].fileno(), size, offset)
     with open(self.files[number], 'rb', buffering=0) as file:

@@ -1,6 +1,6 @@
 """The codes of image files.
 
-Images are prepared as for evaluation: shorter side to 256/224 of the model's size (Pillow's bicubic), centre crop, fp32.
+Images are prepared as for the tokenizer's evaluation: resized by its data.crop_pct, centre crop, fp32.
 """
 
 from pathlib import Path
@@ -21,7 +21,8 @@ def tokenize(model: trained.Model, paths: list[Path], batch: int = 32) -> tuple[
   if not isinstance(size, int):
     raise UserError(f'the tokenizer takes {size} images; only square ones are prepared here. Use model.tokens(images).')
   names, codes = [], []
-  for part, images in prepared(paths, size, batch, **config_lib.reading(model.config)):
+  crop_pct = model.config.data.get('crop_pct', 0.875)
+  for part, images in prepared(paths, size, batch, crop_pct, **config_lib.reading(model.config)):
     names += part
     codes.append(trained.in_batches(model.tokens, images, batch=batch))
   if not names:

@@ -23,7 +23,7 @@ def extract(
   The features are half floats in the file `path`, mapped into memory. Those of the centre crop of every image, or of its random crop
   and flip number `view`. Raises UserError for a source without labels, or where the disk is too small.
   """
-  if not source.classes:
+  if not source.classes or hasattr(source, 'mask_names'):
     raise UserError('probes need labels: class folders, or a list with labels.')
   size = model.config.data.image_size
   size = size if isinstance(size, int) else tuple(size)

@@ -37,12 +37,13 @@ def masks(model: Any, paths: list[Path], out: Path, mode: str = 'slide', flip: b
   """Writes mask and overlay of every image that decodes; yields dict(file, mask, overlay, classes={name: share in %})."""
   names, colours = model_classes(model.config), palette(model.config.model.classes)
   out.mkdir(parents=True, exist_ok=True)
-  above = os.path.commonpath([path.absolute().parent for path in paths])  # its folders are mirrored below `out`
+  parent = lambda path: Path(os.path.abspath(path)).parent  # without .., which would lead out of `out`
+  above = os.path.commonpath([parent(path) for path in paths])  # its folders are mirrored below `out`
   number = np.uint8 if len(names) <= 256 else np.uint16
   taken: set[Path] = set()
   for path, image in decoded(paths, **config_lib.reading(model.config)):
     best = segmentation.predict(model.logits, image, config_lib.image_shape(model.config)[:2], mode=mode, flip=flip)
-    folder = out / path.absolute().parent.relative_to(above)
+    folder = out / parent(path).relative_to(above)
     folder.mkdir(parents=True, exist_ok=True)
     plain = folder / path.stem if folder / path.stem not in taken else folder / path.name.replace('.', '_')  # view.png beside view.jpg
     taken.add(plain)

@@ -1,6 +1,6 @@
 """A trained classifier on other test sets than its own.
 
-A set whose folders are some of the model's classes is judged among those alone, as the official code does for ImageNet-A and -R: the
+A set with images of some of the model's classes is judged among those alone, as the official code does for ImageNet-A and -R: the
 head's rows are selected, in the model's order. ReaL counts a prediction as right if it is among an image's labels, and leaves out
 images that have none.
 """
@@ -62,6 +62,13 @@ def validation_number(source: Any, i: int) -> int:
   return int(found[1])
 
 
+def _real_labels(path: str) -> list[list[int]]:
+  try:
+    return json.loads(Path(path).read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(f'--real {path} does not read ({e}): it is real.json of google-research/reassessed-imagenet.') from e
+
+
 def run(
   model: Any, sets: dict[str, str], real: str = '', data_dir: str = '', crop_pct: float = 0.875, batch: int = 64
 ) -> dict[str, dict[str, Any]]:
@@ -76,11 +83,12 @@ def run(
     if not source.classes:
       raise UserError(f'{sets[name]} has no labels.')
   subsets = {name: class_subset(s.classes, model_classes(model.config)) for name, s in opened.items()}
-  allowed = json.loads(Path(real).read_text()) if real else None
+  allowed = _real_labels(real) if real else None
   out = {}
   for name, source in opened.items():
     logits, labels, places = all_logits(model, source, crop_pct, batch)
-    out[name] = accuracy(logits, labels, subsets[name])
+    there = np.unique(labels)  # a set may name all of ImageNet's classes and have images of 200 (ImageNet-A and -R in TFDS)
+    out[name] = accuracy(logits, np.searchsorted(there, labels), subsets[name][there])
     if name == 'imagenet' and allowed:
       out['real'] = real_accuracy(logits, [allowed[validation_number(source, int(i)) - 1] for i in places])
   return out

@@ -67,13 +67,15 @@ def probabilities(
 
   Args:
     logits_of: uint8 [n, *size, 3] → scores [n, h, w, K]; `size` is the network's input.
-    mode: 'slide' resizes to the short side of `size` times `scale` (long side within 4 times that) and slides by two thirds of a window;
+    mode: 'slide' resizes to the short side of `size` times `scale`, which counts as 1 below 1, for a window has nothing to see beyond the
+      image (so does the official multi-scale test), with a long side within 4 times that, and slides by two thirds of a window;
       'whole' makes the image `size`.
   """
   h, w = image.shape[:2]
   if mode == 'whole':
     there = size
   else:
+    scale = max(scale, 1.0)
     there = scenes.fitted_size(h, w, int(4 * min(size) * scale), int(min(size) * scale))
   x = scenes.resized(image, there)
   x = np.ascontiguousarray(x[:, ::-1]) if flip else x
@@ -95,14 +97,21 @@ def predict(logits_of, image, size, mode='slide', scales=(1.0,), flip=False) -> 
 
 
 def evaluate(model: Any, source: Any, labels: scenes.Labels, **options: Any) -> dict[str, Any]:
-  """Scores of a segmenter (trained.Model) over a `scenes` source, and the number of `images`. `options` go to `predict`."""
+  """Scores of a segmenter (trained.Model) over a `scenes` source, and the number of `images` that decode. `options` go to `predict`."""
+  if not hasattr(source, 'mask_names'):
+    raise UserError('these images have no masks: give scenes:PATH.')
   decoded, size = Decoded(source, **config_lib.reading(model.config)), config_lib.image_shape(model.config)[:2]
-  total = np.zeros((labels.classes, labels.classes), np.int64)
+  total, bad = np.zeros((labels.classes, labels.classes), np.int64), 0
   for i in bar(range(len(source)), 'images'):
     record = decoded[i]
+    if record['bad']:  # it is the next one, which has its own turn
+      bad += 1
+      continue
     label = labels(record, None)['mask']
     total += confusion(label, predict(model.logits, record['image'], size, **options), labels.classes)
-  return segmentation_scores(total) | dict(images=len(source))
+  if bad == len(source):
+    raise UserError('none of the images decodes.')
+  return segmentation_scores(total) | dict(images=len(source) - bad)
 
 
 def labels_of(config: Any, reduce_zero: bool = False) -> scenes.Labels:

@@ -182,6 +182,10 @@ def contingency(a: Survey, b: Survey) -> sparse.csr_matrix:
       f'the two tokenizers see {a.codes.shape[1]} x {a.codes.shape[2]} and {b.codes.shape[1]} x {b.codes.shape[2]} patches of '
       f'{len(a):,} and {len(b):,} images: only equal grids over the same images can be compared, patch by patch.'
     )
+  if not np.array_equal(a.records, b.records):
+    raise UserError(
+      'the two tokenizers did not read the same images: some decode for one of them only. Give both the same data.channels and value_range.'
+    )
   ones = np.ones(a.codes.size)
   return sparse.csr_matrix((ones, (a.codes.reshape(-1), b.codes.reshape(-1))), (a.size, b.size))
 

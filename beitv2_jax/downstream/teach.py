@@ -11,6 +11,7 @@ import numpy as np
 
 from beitv2_jax import config as config_lib
 from beitv2_jax.data import pipeline, taught, transforms
+from beitv2_jax.errors import UserError
 from beitv2_jax.models.images import unit_images
 from beitv2_jax.progress import bar
 from beitv2_jax.tasks import teachers
@@ -21,6 +22,8 @@ def write(config: Any, sources: dict[str, Any], out: Path, batch: int = 64) -> d
 
   An image that does not decode has those of the next one, as training takes that for it. Raises UserError.
   """
+  if any(hasattr(source, 'mask_names') for source in sources.values()):
+    raise UserError('these are images with masks: give --data folder:PATH of the images alone.')
   teacher, frozen = teachers.opened(config, 'float32')
   apply = jax.jit(lambda frozen, images: teacher.apply(frozen, unit_images(images)).astype(jnp.bfloat16))
   size = config_lib.image_shape(config)[:2]

@@ -29,6 +29,7 @@ class Models:
   other_name: str = ''
   pixels: trained.Model | None = None
   features: trained.Model | None = None
+  features_name: str = ''
 
   @classmethod
   def load(cls, tokenizer: str, other: str | None, pixels: str | None, features: str | None) -> 'Models':
@@ -40,6 +41,7 @@ class Models:
       other or '',
       trained.load(pixels) if pixels else None,
       trained.load(features) if features else None,
+      features or '',
     )
     for model, what in ((models.tokenizer, '--from'), (models.other, '--compare')):
       if model and model.kind != 'tokenizer':
@@ -52,6 +54,10 @@ class Models:
           f'{what} takes images of {config_lib.image_shape(model.config)[:2]} in {model.grid} patches, the tokenizer of {size[:2]} in '
           f'{first.grid}: they cannot be shown on the same images.'
         )
+    if models.other and preparation(models.other) != preparation(first):
+      raise UserError(
+        '--compare was trained on images that are cropped or read in another way (data.crop_pct, channels, value_range): its patches are others.'
+      )
     if models.pixels:
       models.pixels._must_be('pixels')
       if not trained.same_codebook(first, models.pixels):
@@ -63,6 +69,11 @@ class Models:
   @property
   def tokenizers(self) -> dict[str, trained.Model]:
     return {'a': self.tokenizer} | ({'b': self.other} if self.other else {})
+
+
+def preparation(model: trained.Model) -> dict:
+  """How image files become what the model sees."""
+  return dict(crop_pct=model.config.data.get('crop_pct', 0.875)) | config_lib.reading(model.config)
 
 
 class Images:
@@ -84,6 +95,8 @@ class Images:
       except UserError:  # a source need not have both
         if split != 'all' or (name == 'eval' and not parts):
           raise
+    if any(hasattr(part, 'mask_names') for part in parts):
+      raise UserError(f'{source} are images with masks: give --data folder:PATH of the images alone.')
     if len(parts) == 2 and parts[0].classes != parts[1].classes:  # such as a labelled part beside one without labels
       parts = parts[:1]
     return cls(parts, limit, source)
@@ -154,6 +167,7 @@ def look_of(models: Models) -> explorer_looks.Look:
     patches=lambda images: in_parts(model.features, images)['patches'],
     attention=lambda images: in_parts(lambda x: model.attention(x)[..., 1:].mean(1), images),
     target_is=target_is,
+    features_from=models.features_name,
   )
 
 
@@ -163,9 +177,14 @@ def add(models: Models, out: Path, paths: list[str], batch: int) -> str:
   if [book['name'] for book in summary['books']] != [models.name, *([models.other_name] if models.other else [])]:
     raise UserError(f'the explorer in {out} is of {" and ".join(book["name"] for book in summary["books"])}: give the same.')
   side = config_lib.image_shape(models.tokenizer.config)[0]
-  reading = config_lib.reading(models.tokenizer.config)
+  if summary['look'] and summary['look'].get('features_from', '') != models.features_name:
+    raise UserError(
+      f'the explorer in {out} has features {summary["look"].get("features_from") or "of the tokenizer"}: give the same --features-from, or none.'
+    )
+  config = models.tokenizer.config
+  crop_pct, reading = config.data.get('crop_pct', 0.875), config_lib.reading(config)
   first, count = None, 0
-  for names, images in image_files.prepared(image_files.find_images(paths), side, batch, **reading):
+  for names, images in image_files.prepared(image_files.find_images(paths), side, batch, crop_pct, **reading):
     codes = {key: trained.in_batches(model.tokens, images, batch=batch) for key, model in models.tokenizers.items()}
     start = files.add_images(out, [name.name for name in names], images, codes, look_of(models) if summary['look'] else None)
     first, count = start if first is None else first, count + len(names)

@@ -95,7 +95,9 @@ def build(out: Path, books: list[Book], images: Callable[[np.ndarray], Any], loo
     block=BLOCK,
     cells=dict(count=CELLS, window=WINDOW, card_count=CARD_CELLS, card_window=CARD_WINDOW, card=CARD),
     books=described,
-    look=None if look is None or basis is None else dict(target=look.target_is, dimensions=basis.target.shape[1], error=float(basis.error)),
+    look=None
+    if look is None or basis is None
+    else dict(target=look.target_is, features_from=look.features_from, dimensions=basis.target.shape[1], error=float(basis.error)),
   )
   write(out / 'data' / 'summary.js', 'summary', summary)
   return out / 'index.html'
@@ -188,7 +190,7 @@ def save_images(out: Path, images: Callable[[np.ndarray], Any], chosen: np.ndarr
   """One pass over the images that are shown or have typical patches."""
   numbers = {int(place): number for number, place in enumerate(chosen)}
   wanted = np.unique(np.concatenate([chosen, *(crop.images for crop in crops)]))
-  for place, image in zip(wanted, bar(images(wanted), 'images', len(wanted), 'pictures')):
+  for place, image in zip(wanted, bar(images(wanted), 'images', len(wanted), 'pictures'), strict=True):
     if place in numbers:
       save_jpeg(image, image_path(out, numbers[place]))
     for crop in crops:

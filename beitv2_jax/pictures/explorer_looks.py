@@ -20,13 +20,15 @@ class Look:
   """What is drawn over images besides codes. `features` and `looks` take uint8 images [b, h, w, 3].
 
   `target(images)` → [b, N, V], features whose similarity is shown; `patches(images)` → [b, N, D], coloured by principal components;
-  `attention(images)` → [b, 1 + N, N], where [CLS] and each patch look. `target_is` says in words what `target` is.
+  `attention(images)` → [b, 1 + N, N], where [CLS] and each patch look. `target_is` says in words what `target` is, `features_from`
+  which other model than the tokenizer the rest is of.
   """
 
   target: Callable[[np.ndarray], np.ndarray]
   patches: Callable[[np.ndarray], np.ndarray]
   attention: Callable[[np.ndarray], np.ndarray]
   target_is: str
+  features_from: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,10 +78,6 @@ class Checkpoints:
     The arguments are abstract trees with the shapes and shardings wanted; another layout's checkpoint is resharded. Damaged checkpoints
     that are newer are renamed to damaged-STEP. All processes must call it. Raises UserError if none is whole, or if it is another model's.
     """
-    if not storage.renames(self.folder):
-      if jax.process_index() == 0:
-        checkpoint_files.adopt(self.folder)
-      multihost_utils.sync_global_devices('copied checkpoints')
     damaged: dict[int, Damaged] = {}
     for step in checkpoint_files.steps(self.folder):
       path = self.folder / str(step)

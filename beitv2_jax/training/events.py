@@ -18,16 +18,14 @@ NAME = 'events.jsonl'
 
 
 class Events:
-  """Notes events in `folder`, by process 0. `spent` is what went into other things than steps since this start, in seconds."""
+  """Notes events in `folder`, by process 0. `spent` is what went into other things than steps since this start, in seconds.
+  A `finished` run is not changed any more."""
 
-  def __init__(self, folder: Path, step: int, steps: int, **about: Any):
-    self.path = folder / NAME
-    # Such a run is not changed any more. One that was stopped in its last evaluation has all its steps, but is not finished.
-    finished = 0 < steps <= step and any(e['event'] == 'finished' and e['step'] >= step for e in read(folder))
-    self.active = jax.process_index() == 0 and not finished
+  def __init__(self, folder: Path, step: int, finished: bool, **about: Any):
+    self.path, self.active = folder / NAME, jax.process_index() == 0 and not finished
     self.spent = dict(evaluating=0.0, waiting=0.0)
     self.first = True
-    self.note('started', step, steps=steps, **about)
+    self.note('started', step, **about)
 
   def note(self, event: str, step: int, **about: Any) -> None:
     """Raises OSError if it cannot be written."""

@@ -82,12 +82,6 @@ def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
     start, variables, optimizer, notes = restored
     state = TrainState.join(variables, optimizer)
     notes += config_changes(workdir, config)
-    if 0 < setup.steps <= start:
-      notes.append(
-        f'warning: this run is finished at step {start}: nothing of it changes. For more steps give a larger config.steps, for other settings another workdir.'
-        if notes
-        else f'this run is finished at step {start}'
-      )
   else:
     start, notes = 0, []
     state = setup.layout.init(setup.init_key)
@@ -98,15 +92,26 @@ def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
     output.bring('metrics.jsonl')
     output.bring(events.NAME)
     output.bring('tracker.json')
+    log = events.read(output.folder)
+    finished = 0 < setup.steps <= start and any(e['event'] == 'finished' and e['step'] >= start for e in log)
+    if finished and notes:
+      notes.append(
+        f'warning: this run is finished at step {start}: nothing of it changes. For more steps give a larger config.steps, for other settings another workdir.'
+      )
+    elif finished:
+      notes.append(f'this run is finished at step {start}')
+    elif 0 < setup.steps <= start:
+      notes.append(f'all steps of this run are done (step {start}); its last evaluation was stopped, and is made now')
     tokenizer = dict(tokenizer=checksums.sample(setup.frozen)) if config.get('tokenizer_from') else {}
-    notes += tokenizer_changes(events.read(output.folder), tokenizer, config) if restored else []
+    notes += tokenizer_changes(log, tokenizer, config) if restored else []
     metrics = Metrics(output.folder, start, setup.steps, workdir.name, setup.task.headline, config.get('track', ''), config)
     announce.describe(setup, metrics, start, notes)
     kind = jax.devices()[0].device_kind
     history = Events(
       output.folder,
       start,
-      setup.steps,
+      finished,
+      steps=setup.steps,
       devices=setup.mesh.size,
       device=kind,
       processes=jax.process_count(),
@@ -391,7 +396,7 @@ class Training:
     """This process's part of a batch of `count` evaluation images from all over the source (more, so that each device has as many)."""
     size = -(-count // self.setup.mesh.size) * self.setup.mesh.size
     places = np.linspace(0, len(source) - 1, count).round().astype(int)
-    some: Any = sources.Picked(source, np.resize(places, size))
+    some: Any = sources.Picked(source, places)
     return next(iter(pipeline.eval_batches(some, self.setup.transforms['eval'], batch=size, **self._share())))
 
   def close(self) -> None:

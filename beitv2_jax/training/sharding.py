@@ -31,7 +31,7 @@ def make_mesh(data: int = -1, model: int = 1, devices: Any = None) -> Mesh:
   if _share_rows(mesh.devices):
     raise UserError(
       f'mesh.model={model} needs devices of several processes (hosts), but each of these reads images of its own: '
-      f'use a number that divides the {jax.local_device_count()} devices of a process.'
+      f'use a number that divides the {len(devices) // len({d.process_index for d in devices})} devices of a process.'
     )
   return mesh
 

@@ -50,24 +50,6 @@ def steps(folder: Any) -> list[int]:
   return sorted((int(p.name) for p in found), reverse=True)
 
 
-def unmarked(folder: Any) -> list[int]:
-  """Where nothing can be renamed: numbers of the checkpoints that have checksums but no mark, newest first. They were copied there from
-  a disk, or a save was cut."""
-  with storage.reaching(folder):
-    if storage.renames(folder) or not folder.is_dir():
-      return []
-    found = [p for p in folder.iterdir() if p.name.isdigit() and (p / NAME / f'{NAME}.json').exists() and not (p / MARK).exists()]
-  return sorted((int(p.name) for p in found), reverse=True)
-
-
-def adopt(folder: Any) -> list[int]:
-  """Marks those of `unmarked` that are whole, every array read; returns their steps. Orbax removes the others."""
-  whole = [step for step in unmarked(folder) if _state(folder / str(step), verify=True) == 'whole']
-  for step in whole:
-    storage.write(folder / str(step) / MARK, 'copied from a disk, and agrees with its checksums\n')
-  return whole
-
-
 def manager(folder: Any, keep: int | None = None, keep_every: int = 0) -> ocp.CheckpointManager:
   """Orbax's view of a folder, which writes in the background."""
   how = ocp.options.AtomicityMode.ATOMIC_RENAME if storage.renames(folder) else ocp.options.AtomicityMode.COMMIT_FILE

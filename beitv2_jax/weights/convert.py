@@ -4,6 +4,7 @@ An imported directory is what every stage takes as tokenizer_from, and beitv2_ja
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -35,8 +36,10 @@ def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes
   then nothing is written.
   """
   state = _read(kind, source)
-  c = sizes.config_of(kind, state, **sizes_given)
-  descriptions.apply(c, Path(source).expanduser())
+  source_path = Path(source).expanduser()
+  described = {k: v for k, v in descriptions.sizes(source_path).items() if sizes_given.get(k) is None}
+  c = sizes.config_of(kind, state, **sizes_given | described)
+  descriptions.apply(c, source_path)
   heads = dict(encoder=c.model.encoder.heads, decoder=c.model.decoder.heads) if kind == 'tokenizer' else dict(encoder=c.model.heads)
   variables = official.to_ours(kind, state, heads)
   if kind == 'tokenizer':  # files that only carry weights
@@ -127,7 +130,7 @@ def _write_tensors(path: Path, state: dict[str, np.ndarray]) -> None:
 
 def _write_beside(target: Path, write: Callable[[Path], None], folder: bool = True) -> None:
   """Calls `write` on a temporary neighbour and renames it, so a failure leaves nothing half-written."""
-  if '://' in str(target) or str(target).startswith('gs:/'):  # pathlib has made one slash of two
+  if re.match(r'\w+:/', str(target)):  # pathlib has made one slash of two
     raise UserError(f'{target}: converted weights are written to a disk; give a path there, and copy them to the bucket.')
   target = target.expanduser().absolute()
   if target.exists():

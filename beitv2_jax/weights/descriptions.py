@@ -7,6 +7,8 @@ from typing import Any
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.images import statistics
 
+OUT_INDICES = 'beitv2_jax_out_indices'  # in config.json: the blocks that a segmenter reads, from 0
+
 
 def apply(config: Any, source: Path) -> None:
   """Takes what stands beside the weights in `source`, a directory or a file in one, over into an imported model's config."""
@@ -37,6 +39,21 @@ def apply(config: Any, source: Path) -> None:
       config.class_names = tuple(map(str, names))
 
 
+def sizes(source: Path) -> dict[str, Any]:
+  """What no array tells of a model and its config.json does: `heads`, and `out_indices` if we wrote it (others count them in other ways)."""
+  theirs = _json((source if source.is_dir() else source.parent) / 'config.json')
+  found = dict(out_indices=theirs.get(OUT_INDICES))
+  if theirs.get('model_type') == 'beit':
+    found |= dict(heads=theirs.get('num_attention_heads'))
+  elif 'pretrained_cfg' in theirs:
+    found |= dict(heads=(theirs.get('model_args') or {}).get('num_heads'))
+  whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0
+  heads, taps = found.get('heads'), found['out_indices']
+  return dict(
+    heads=heads if whole(heads) and heads else None, out_indices=tuple(taps) if isinstance(taps, list) and all(map(whole, taps)) else None
+  )
+
+
 def _json(path: Path) -> dict[str, Any]:
   if not path.is_file():
     return {}
@@ -52,8 +69,10 @@ def for_timm(config: Any, grid: tuple[int, int]) -> dict[str, Any]:
   model, (mean, std) = config.model, statistics(config)
   side = [n * model.patch_size for n in grid]
   size = dict(
-    img_size=side, patch_size=model.patch_size, embed_dim=model.width, depth=model.depth, num_heads=model.heads, mlp_ratio=model.mlp_ratio
-  )
+    img_size=side, patch_size=model.patch_size, embed_dim=model.width, depth=model.depth, num_heads=model.heads, mlp_ratio=model.mlp_ratio,
+    use_abs_pos_emb=model.abs_pos, use_rel_pos_bias=model.rel_pos == 'per_block', use_shared_rel_pos_bias=model.rel_pos == 'shared',
+    init_values=model.layer_scale or None, global_pool='avg' if model.get('mean_pooling', True) else 'token',
+  )  # fmt: skip
   pretrained = dict(
     input_size=[3, *side], fixed_input_size=True, interpolation='bicubic', crop_pct=config.data.get('crop_pct', 0.875), crop_mode='center', mean=list(mean),
     std=list(std), num_classes=model.classes, first_conv='patch_embed.proj', classifier='head',

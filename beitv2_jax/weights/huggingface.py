@@ -7,6 +7,7 @@ import numpy as np
 
 from beitv2_jax.errors import UserError
 from beitv2_jax.models.images import statistics
+from beitv2_jax.weights import descriptions
 from beitv2_jax.weights.official import rule
 
 State = dict[str, np.ndarray]
@@ -152,7 +153,9 @@ def convert(kind: str, config: Any, state: State, grid: tuple[int, int]) -> tupl
     beit_config |= dict(
       pool_scales=list(model.pool_scales), use_auxiliary_head=model.aux_channels > 0, auxiliary_channels=model.aux_channels or 256
     )
-    preprocessor['do_reduce_labels'] = classes == 150  # ADE20K's masks count from 1, with 0 for none
+    beit_config[descriptions.OUT_INDICES] = list(model.out_indices)
+    # ADE20K's masks count from 1, with 0 for none.
+    preprocessor['do_reduce_labels'] = bool(config.labels.reduce_zero) if 'labels' in config else classes == 150
   return out, beit_config, preprocessor
 
 

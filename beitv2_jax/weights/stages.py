@@ -27,7 +27,7 @@ def load_variables(workdir: str | Path, what: str = 'a workdir of a finished sta
   config = config_lib.load(workdir, what)
   folder = storage.place(workdir) / 'checkpoints'
   damaged: dict[int, Damaged] = {}
-  steps = checkpoint_files.steps(folder) or checkpoint_files.unmarked(folder)  # what was copied into a bucket has no marks
+  steps = checkpoint_files.steps(folder)
   if wanted and int(wanted) not in steps:
     raise UserError(f'{workdir} has no checkpoint of step {wanted}; it has {", ".join(map(str, sorted(steps))) or "none"}.')
   for step in [int(wanted)] if wanted else steps:
