@@ -45,7 +45,7 @@ done"
     return
   fi
   [ -x .venv/bin/python ] || { echo "error: no .venv here; run $0 install first" >&2; exit 2; }
-  if kill -0 "$(cat "$workdir/launch.pid" 2>/dev/null)" 2>/dev/null; then
+  if ps -o args= -p "$(cat "$workdir/launch.pid" 2>/dev/null || echo 0)" 2>/dev/null | grep -q beitv2_jax.main; then  # another program may have its number by now
     echo "error: a run in $workdir is going on; stop it first: $0 stop --workdir $workdir" >&2; exit 2
   fi
   mkdir -p "$workdir"

@@ -74,15 +74,16 @@ start() {
   if [ -n "$dry" ]; then sed 's/^/  | /' "$boot"; fi
   run git archive --format=tar.gz -o "$boot.tgz" HEAD
   run gcloud storage cp "$boot.tgz" "$code"
-  there resource-policies "$name" --region="$region" || run gcloud compute resource-policies create workload-policy "$name" \
-    --region="$region" --type=HIGH_THROUGHPUT --accelerator-topology="$topology"
-  if there instance-templates "$name"; then run gcloud compute instance-templates delete "$name" --quiet; fi  # these arguments may be others
+  # What a start that failed has left behind may have been made with other arguments.
+  if there instance-templates "$name"; then run gcloud compute instance-templates delete "$name" --quiet; fi
+  if there resource-policies "$name" --region="$region"; then run gcloud compute resource-policies delete "$name" --region="$region" --quiet; fi
+  run gcloud compute resource-policies create workload-policy "$name" --region="$region" --type=HIGH_THROUGHPUT --accelerator-topology="$topology"
   run gcloud compute instance-templates create "$name" --machine-type="$machine" --maintenance-policy=TERMINATE \
     --image-family="${image%/*}" --image-project="${image#*/}" --boot-disk-size=100GB --scopes=cloud-platform --metadata-from-file=startup-script="$boot" \
     ${spot:+--provisioning-model=SPOT} ${spot:+--instance-termination-action=STOP}
   create
 }
-# Whether a start that failed, for want of machines, has left it behind.
+# Whether gcloud knows it.
 there() {
   local kind
   read -ra kind <<< "$1"
@@ -100,7 +101,7 @@ watch() {
     are=$(grep -c RUNNING <<< "$list" || true)
     if [ "$are" -lt "$were" ]; then
       echo "$(date): $are of $hosts hosts are left; making the slice anew"
-      group delete --quiet
+      until group delete --quiet; do there 'instance-groups managed' "$name" --zone="$zone" || break; sleep "$every"; done
       until create; do sleep "$every"; done
       are=0
     fi
@@ -111,9 +112,16 @@ watch() {
 
 case "$command" in
   start) start "$@" ;;
-  watch) there 'instance-groups managed' "$name" --zone="$zone" || start "$@"; watch ;;  # a group that is there is only watched
+  watch)
+    [ -n "$hosts" ] || fail 'watch needs --hosts'
+    if there 'instance-groups managed' "$name" --zone="$zone"; then
+      echo "$name is there and is watched as it is; the arguments after -- are not used"
+    else
+      start "$@"
+    fi
+    watch ;;
   log) on "$(hosts_now | head -n 1)" 'tail -n 50 -F /var/log/beitv2_jax.log' ;;
-  stop) for host in $(hosts_now); do on "$host" "sudo pkill -TERM -f '[b]eitv2_jax.main' || true"; done ;;
+  stop) list=$(hosts_now); for host in $list; do on "$host" "sudo pkill -TERM -f '[b]eitv2_jax.main' || true"; done ;;
   delete)  # all three, also where a start that failed has made only some
     code=0
     group delete --quiet || code=1

@@ -213,7 +213,7 @@ def test_added_images_are_looked_at_by_the_same_model(stages, tmp_path, capsys):
   assert explore(stages, tmp_path, '--features-from', f'{stages}/two') == 0
   arguments = ['--from', f'{stages}/one', '--out', str(tmp_path), '--add', f'{stages}/images/kind 1']
   assert commands.run('explore', arguments) == 2
-  assert f'has features {stages}/two: give the same --features-from' in capsys.readouterr().err
+  assert f'has features of {stages}/two: give the same --features-from' in capsys.readouterr().err
   assert commands.run('explore', [*arguments, '--features-from', f'{stages}/two']) == 0
 
 

@@ -1,6 +1,5 @@
 """The launch scripts print what they would do."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -153,19 +152,20 @@ def test_shellcheck():
 def fake_gcloud(folder, body):
   """Environment with a gcloud of our own, which notes how it was called."""
   (folder / 'bin').mkdir()
-  for name, text in {'gcloud': f'echo "$*" >> {folder}/calls\n{body}', 'sleep': 'true'}.items():
+  for name, text in {'gcloud': f'echo "$*" >> {folder}/calls\n{body}', 'sleep': 'true', 'git': 'true'}.items():
     (folder / 'bin' / name).write_text('#!/bin/bash\n' + text + '\n')
     (folder / 'bin' / name).chmod(0o755)
   return {'PATH': f'{folder}/bin:/usr/bin:/bin', 'HOME': str(folder)}
 
 
 def test_an_answer_that_does_not_come_deletes_no_slice(tmp_path):
-  """The third listing fails, the fourth has all hosts, the fifth ends the test."""
+  """The third listing fails, the others have all hosts."""
   body = f"""case "$*" in *list-instances*)
     echo x >> {tmp_path}/listed
-    case $(wc -l < {tmp_path}/listed) in 3) exit 1 ;; 5) kill -9 $PPID ;; esac
+    [ $(wc -l < {tmp_path}/listed) = 3 ] && exit 1
     printf 'a\\tRUNNING\\nb\\tRUNNING\\n' ;; esac"""
   env = fake_gcloud(tmp_path, body)
+  (tmp_path / 'bin' / 'sleep').write_text(f'#!/bin/bash\n[ $(wc -l < {tmp_path}/listed) -lt 5 ]\n')  # the loop ends where sleeping fails
   script = ['launch/tpu_vm.sh', 'watch', *TPU[1:], *SLICE, *BUCKET]
   subprocess.run(['bash', *script], env=env, capture_output=True, timeout=60)
   calls = (tmp_path / 'calls').read_text()
@@ -180,10 +180,11 @@ def test_what_a_failed_start_left_behind_is_deleted_and_made_again(tmp_path):
   calls = (tmp_path / 'calls').read_text()
   assert gone.returncode == 1 and 'instance-templates delete' in calls and 'resource-policies delete' in calls
   (tmp_path / 'calls').unlink()
-  subprocess.run(['bash', 'launch/tpu_vm.sh', 'start', *TPU[1:], *SLICE, *BUCKET], env=env, capture_output=True, timeout=60)
+  again = subprocess.run(['bash', 'launch/tpu_vm.sh', 'start', *TPU[1:], *SLICE, *BUCKET], env=env, capture_output=True, timeout=60)
   calls = (tmp_path / 'calls').read_text()  # policy and template are said to be there
-  assert 'resource-policies create' not in calls and calls.index('instance-templates delete') < calls.index('instance-templates create')
-  assert 'managed create' in calls
+  for what in ('instance-templates', 'resource-policies'):
+    assert calls.index(f'{what} delete') < calls.index(f'{what} create')
+  assert again.returncode == 1 and 'managed create' in calls  # still no machines
 
 
 def test_gpu_host_finds_the_home_folder_and_leaves_a_run_alone(tmp_path):
@@ -195,7 +196,8 @@ def test_gpu_host_finds_the_home_folder_and_leaves_a_run_alone(tmp_path):
     text=True,
   )
   assert f'{tmp_path}/runs/train.log' in out.stdout
-  (tmp_path / 'runs' / 'launch.pid').write_text(f'{os.getpid()}\n')
+  running = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', 'beitv2_jax.main'])
+  (tmp_path / 'runs' / 'launch.pid').write_text(f'{running.pid}\n')
   (tmp_path / '.venv' / 'bin').mkdir(parents=True)
   (tmp_path / '.venv' / 'bin' / 'python').symlink_to(sys.executable)
   again = subprocess.run(
@@ -204,5 +206,6 @@ def test_gpu_host_finds_the_home_folder_and_leaves_a_run_alone(tmp_path):
     capture_output=True,
     text=True,
   )
+  running.kill()
   assert again.returncode == 2 and 'is going on; stop it first' in again.stderr
-  assert (tmp_path / 'runs' / 'launch.pid').read_text() == f'{os.getpid()}\n'
+  assert (tmp_path / 'runs' / 'launch.pid').read_text() == f'{running.pid}\n'

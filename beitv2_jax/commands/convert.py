@@ -38,11 +38,15 @@ def _parser():
   arguments.add_from(imp, 'a .pth or .safetensors file')
   imp.add_argument('--out', '--to', dest='out', metavar='DIR', help='the directory to make')
   imp.add_argument('--list', action='store_true', help='only print every key, its shape and where it goes')
-  imp.add_argument('--num-heads', type=int, help='where no bias table tells; default width/64')
+  imp.add_argument('--num-heads', type=int, help='where no bias table and no config.json tells; default width/64')
   imp.add_argument('--decoder-num-heads', type=int, help='the same for the decoder of a tokenizer')
   imp.add_argument('--grid', type=_grid, help='HxW patches, where they are not a square')
   imp.add_argument('--early-layer', type=int, help='block whose patches the aggregation reads; default depth-3, as in the official models')
-  imp.add_argument('--out-indices', type=_indices, help='blocks a segmenter reads, from 0; default 3,5,7,11 of 12 and 7,11,15,23 of 24')
+  imp.add_argument(
+    '--out-indices',
+    type=_indices,
+    help='blocks a segmenter reads, from 0; default what our export says, 3,5,7,11 of 12 or 7,11,15,23 of 24',
+  )
   exp = verbs.add_parser(
     'export',
     help='a directory → official, timm or Hugging Face files',

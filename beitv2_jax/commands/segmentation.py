@@ -22,7 +22,11 @@ def main(argv: list[str] | None = None) -> None:
     '--mode', choices=('slide', 'whole'), default='slide', help='windows over the image, or the image made to fit (slide)'
   )
   parser.add_argument(
-    '--scales', type=float, nargs='+', default=[1.0], help='sizes to average over (1); the official test is in the example'
+    '--scales',
+    type=float,
+    nargs='+',
+    default=[1.0],
+    help='sizes to average over (1); the official test is in the example. In windows, less than 1 counts as 1',
   )
   parser.add_argument('--flip', action='store_true', help='average with the mirrored image')
   parser.add_argument('--reduce-zero', action='store_true', help='mask value 0 is no class, 1 is class 0 (ADE20K), for imported models')

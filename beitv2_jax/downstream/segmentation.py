@@ -6,6 +6,7 @@ the softmax (upsampling, adding up and averaging overlapping windows, resizing) 
 window, made on the host: exact at any size.
 """
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -92,7 +93,8 @@ def probabilities(
 def predict(logits_of, image, size, mode='slide', scales=(1.0,), flip=False) -> np.ndarray:
   """The best class of every pixel, int [H, W], from the mean of the probabilities at all scales, and mirrored if `flip`."""
   flips = (False, True) if flip else (False,)
-  total = functools.reduce(jnp.add, [probabilities(logits_of, image, size, mode, s, f) for s in scales for f in flips])
+  times = collections.Counter(max(s, 1.0) if mode == 'slide' else 1.0 for s in scales)  # those that come to the same
+  total = functools.reduce(jnp.add, [n * probabilities(logits_of, image, size, mode, s, f) for s, n in times.items() for f in flips])
   return np.asarray(total.argmax(-1))[: image.shape[0], : image.shape[1]]
 
 

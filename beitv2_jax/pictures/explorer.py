@@ -177,16 +177,19 @@ def add(models: Models, out: Path, paths: list[str], batch: int) -> str:
   if [book['name'] for book in summary['books']] != [models.name, *([models.other_name] if models.other else [])]:
     raise UserError(f'the explorer in {out} is of {" and ".join(book["name"] for book in summary["books"])}: give the same.')
   side = config_lib.image_shape(models.tokenizer.config)[0]
-  if summary['look'] and summary['look'].get('features_from', '') != models.features_name:
+  look, was = (look_of(models), summary['look']) if summary['look'] else (None, {})
+  if was.get('features_from', models.features_name) != models.features_name:
     raise UserError(
-      f'the explorer in {out} has features {summary["look"].get("features_from") or "of the tokenizer"}: give the same --features-from, or none.'
+      f'the explorer in {out} has features of {was["features_from"] or "the tokenizer"}: give the same --features-from, or none.'
     )
+  if look and look.target_is != was['target']:
+    raise UserError(f'the explorer in {out} shows {was["target"]}, and now it would be {look.target_is}: make it anew.')
   config = models.tokenizer.config
   crop_pct, reading = config.data.get('crop_pct', 0.875), config_lib.reading(config)
   first, count = None, 0
   for names, images in image_files.prepared(image_files.find_images(paths), side, batch, crop_pct, **reading):
     codes = {key: trained.in_batches(model.tokens, images, batch=batch) for key, model in models.tokenizers.items()}
-    start = files.add_images(out, [name.name for name in names], images, codes, look_of(models) if summary['look'] else None)
+    start = files.add_images(out, [name.name for name in names], images, codes, look)
     first, count = start if first is None else first, count + len(names)
   if first is None:
     raise UserError('none of the images decodes.')

@@ -101,7 +101,7 @@ def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
     elif finished:
       notes.append(f'this run is finished at step {start}')
     elif 0 < setup.steps <= start:
-      notes.append(f'all steps of this run are done (step {start}); its last evaluation was stopped, and is made now')
+      notes.append(f'all steps of this run are done (step {start}); what is left of its end is done now')
     tokenizer = dict(tokenizer=checksums.sample(setup.frozen)) if config.get('tokenizer_from') else {}
     notes += tokenizer_changes(log, tokenizer, config) if restored else []
     metrics = Metrics(output.folder, start, setup.steps, workdir.name, setup.task.headline, config.get('track', ''), config)

@@ -83,7 +83,7 @@ def wait_for_verdict(error: Exception) -> None:
 
 def end(what: str, code: int = LOST) -> None:
   """Says what was lost, and ends the process at once: its other threads wait for what will not come."""
-  again = ' Mend that first.' if code == BAD_INPUT else '; run the same command on all hosts to go on.'
+  again = '. Mend that first.' if code == BAD_INPUT else '; run the same command on all hosts to go on.'
   text = f'error: {what}. Nothing is lost but the steps since the last checkpoint{again}\n'
   os.write(2, text.encode())
   os._exit(code)
@@ -114,6 +114,8 @@ class Watch:
           end(f'process 0, which holds the run together, does not answer ({str(e).splitlines()[0][:100]})')
         return
       if lost := self.lost(values, time.monotonic()):
+        if self.process == 0:  # whose end ends the others: they have seen the same
+          time.sleep(2 * self.beat)
         end(*lost)
 
   def _say(self, value: str) -> None:

@@ -22,6 +22,7 @@ SMALL = 2**16  # to put so few numbers together costs more than to update them o
 def make_mesh(data: int = -1, model: int = 1, devices: Any = None) -> Mesh:
   """A mesh of `data` x `model` devices. Raises UserError if the devices of a model do not fit into one process."""
   devices = jax.devices() if devices is None else devices
+  a_process = len(devices) // len({d.process_index for d in devices})
   data = len(devices) // model if data < 0 else data
   # Auto axes: transformers' Flax models don't run under the newer Explicit ones.
   devices, auto = devices[: data * model], (AxisType.Auto, AxisType.Auto)
@@ -31,7 +32,7 @@ def make_mesh(data: int = -1, model: int = 1, devices: Any = None) -> Mesh:
   if _share_rows(mesh.devices):
     raise UserError(
       f'mesh.model={model} needs devices of several processes (hosts), but each of these reads images of its own: '
-      f'use a number that divides the {len(devices) // len({d.process_index for d in devices})} devices of a process.'
+      f'use a number that divides the {a_process} devices of a process.'
     )
   return mesh
 

@@ -37,8 +37,11 @@ def import_checkpoint(kind: str, source: str | Path, target: str | Path, **sizes
   """
   state = _read(kind, source)
   source_path = Path(source).expanduser()
-  described = {k: v for k, v in descriptions.sizes(source_path).items() if sizes_given.get(k) is None}
-  c = sizes.config_of(kind, state, **sizes_given | described)
+  if kind != 'tokenizer':  # of which nobody writes a config.json
+    width = next((x.shape[0] for name, x in state.items() if name.endswith('patch_embed.proj.weight')), 0)
+    described = descriptions.sizes(source_path, width)
+    sizes_given |= {name: found for name, found in described.items() if found and sizes_given.get(name) is None}
+  c = sizes.config_of(kind, state, **sizes_given)
   descriptions.apply(c, source_path)
   heads = dict(encoder=c.model.encoder.heads, decoder=c.model.decoder.heads) if kind == 'tokenizer' else dict(encoder=c.model.heads)
   variables = official.to_ours(kind, state, heads)

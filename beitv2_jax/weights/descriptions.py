@@ -16,7 +16,8 @@ def apply(config: Any, source: Path) -> None:
   theirs, preparation = (_json(folder / name) for name in ('config.json', 'preprocessor_config.json'))
   if theirs.get('model_type') != 'beit' and 'pretrained_cfg' not in theirs:
     return  # a config.json of something else
-  preparation |= theirs.get('pretrained_cfg') or {}
+  more = theirs.get('pretrained_cfg')
+  preparation |= more if isinstance(more, dict) else {}
   with config.unlocked(), config.data.ignore_type():
     for ours, names in dict(mean=('image_mean', 'mean'), std=('image_std', 'std')).items():
       values = next((preparation[n] for n in names if n in preparation), None)
@@ -39,18 +40,21 @@ def apply(config: Any, source: Path) -> None:
       config.class_names = tuple(map(str, names))
 
 
-def sizes(source: Path) -> dict[str, Any]:
-  """What no array tells of a model and its config.json does: `heads`, and `out_indices` if we wrote it (others count them in other ways)."""
+def sizes(source: Path, width: int) -> dict[str, Any]:
+  """What no array tells of a model of this width and its config.json does: `heads`, and `out_indices` if we wrote it (others count them in
+  other ways). Nothing if it describes a model of another width, which happens to lie there."""
   theirs = _json((source if source.is_dir() else source.parent) / 'config.json')
   found = dict(out_indices=theirs.get(OUT_INDICES))
-  if theirs.get('model_type') == 'beit':
+  model = theirs.get('model_args')
+  if theirs.get('model_type') == 'beit' and theirs.get('hidden_size') == width:
     found |= dict(heads=theirs.get('num_attention_heads'))
-  elif 'pretrained_cfg' in theirs:
-    found |= dict(heads=(theirs.get('model_args') or {}).get('num_heads'))
+  elif isinstance(model, dict) and model.get('embed_dim') == width:
+    found |= dict(heads=model.get('num_heads'))
   whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0
   heads, taps = found.get('heads'), found['out_indices']
   return dict(
-    heads=heads if whole(heads) and heads else None, out_indices=tuple(taps) if isinstance(taps, list) and all(map(whole, taps)) else None
+    heads=heads if whole(heads) and heads else None,
+    out_indices=tuple(taps) if isinstance(taps, list) and len(taps) == 4 and all(map(whole, taps)) else None,
   )
 
 
