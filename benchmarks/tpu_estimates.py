@@ -118,7 +118,7 @@ def show() -> None:
 # Panels of docs/growth.png: label of the axis, and the program at each point.
 PANELS = {
   'images a chip': {8: 'growth batch 8', 16: 'growth batch 16', 32: 'student base 32', 64: 'growth batch 64'},
-  'chips that share a batch of 2048': {n: f'base v5e {n}' for n in (64, 256)},
+  'chips that share a batch of 2048': {n: f'base v5e {n}' for n in (16, 64, 256)},
   'image side, px': {224: 'growth batch 8', 384: 'growth size 384'},
 }
 
