@@ -83,11 +83,14 @@ start() {
     ${spot:+--provisioning-model=SPOT} ${spot:+--instance-termination-action=STOP}
   create
 }
-# Whether gcloud knows it.
-there() {
-  local kind
+there() {  # 0 if gcloud knows it, 1 if not, 2 if gcloud does not answer
+  local kind answer
+  [ -z "$dry" ] || return 1
   read -ra kind <<< "$1"
-  [ -z "$dry" ] && gcloud compute "${kind[@]}" describe "${@:2}" > /dev/null 2>&1
+  answer=$(gcloud compute "${kind[@]}" describe "${@:2}" 2>&1) && return 0
+  [[ $answer == *'not found'* ]] && return 1
+  echo "$answer" >&2
+  return 2
 }
 create() { group create --size="$hosts" --template="$name" --target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing \
   --workload-policy="projects/$(project)/regions/$region/resourcePolicies/$name"; }
@@ -95,13 +98,17 @@ project() { if [ -n "$dry" ]; then echo PROJECT; else gcloud config get-value pr
 
 watch() {
   [ -z "$dry" ] || { echo "every $every s: if fewer than $hosts hosts of $name are RUNNING that once were,"; group delete --quiet; create; return; }
-  local were=0 are list
+  local were=0 are list left
   while true; do
     list=$(running) || { sleep "$every"; continue; }  # an answer that did not come says nothing about the hosts
     are=$(grep -c RUNNING <<< "$list" || true)
     if [ "$are" -lt "$were" ]; then
       echo "$(date): $are of $hosts hosts are left; making the slice anew"
-      until group delete --quiet; do there 'instance-groups managed' "$name" --zone="$zone" || break; sleep "$every"; done
+      until group delete --quiet; do
+        left=0; there 'instance-groups managed' "$name" --zone="$zone" || left=$?
+        [ $left != 1 ] || break
+        sleep "$every"
+      done
       until create; do sleep "$every"; done
       are=0
     fi
