@@ -67,7 +67,7 @@ def test_a_segmenter_of_one_patch_is_refused(tmp_path):
 
 
 def test_a_kernel_that_does_not_fit_is_refused(tmp_path):
-  with pytest.raises(UserError, match='layers.attention=tpu cannot take 17 tokens in heads of 16'):
+  with pytest.raises(UserError, match=r'layers.attention=tpu cannot take \d+ images of 17 tokens in heads of 16'):
     loop.run(smoke('tokenizer', layers__attention='tpu', steps=1), tmp_path)
 
 
