@@ -186,6 +186,11 @@ def reading(config: Any) -> dict[str, Any]:
   return {name: tuple(config.data.get(name, ())) for name in ('value_range', 'channels')}
 
 
+def preparation(config: Any) -> dict[str, Any]:
+  """How image files become what a model sees when it is evaluated, as arguments of image_files.prepared."""
+  return dict(crop_pct=config.data.get('crop_pct', 0.875)) | reading(config)
+
+
 def layers(config: Any) -> dict[str, Any]:
   """How the blocks are run; not part of what the model is, so a config without it (an imported one) will do."""
   return dict(config.get('layers', {}))

@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
   out = args.out.expanduser()
   out.mkdir(parents=True, exist_ok=True)
   names, images, maps, features = [], [], [], []
-  crop_pct, files = model.config.data.get('crop_pct', 0.875), image_files.find_images(args.images)
-  for part, prepared in image_files.prepared(files, h, args.batch, crop_pct, **config_lib.reading(model.config)):
+  files = image_files.find_images(args.images)
+  for part, prepared in image_files.prepared(files, h, args.batch, **config_lib.preparation(model.config)):
     names, images = names + part, [*images, prepared]
     maps.append(trained.in_batches(lambda x: model.attention(x, args.block), prepared, batch=min(args.batch, len(prepared))))
     features.append(trained.in_batches(model.features, prepared, batch=min(args.batch, len(prepared)))['patches'])

@@ -21,8 +21,7 @@ def tokenize(model: trained.Model, paths: list[Path], batch: int = 32) -> tuple[
   if not isinstance(size, int):
     raise UserError(f'the tokenizer takes {size} images; only square ones are prepared here. Use model.tokens(images).')
   names, codes = [], []
-  crop_pct = model.config.data.get('crop_pct', 0.875)
-  for part, images in prepared(paths, size, batch, crop_pct, **config_lib.reading(model.config)):
+  for part, images in prepared(paths, size, batch, **config_lib.preparation(model.config)):
     names += part
     codes.append(trained.in_batches(model.tokens, images, batch=batch))
   if not names:

@@ -18,8 +18,8 @@ from beitv2_jax.downstream.image_files import decoded, prepared
 def classes(model: Any, paths: list[Path], top: int = 5, crop_pct: float | None = None, batch: int = 32) -> Iterator[dict]:
   """Yields dict(file, classes=[(name, probability), ...]) of every image that decodes."""
   names = model_classes(model.config)
-  crop_pct = crop_pct or model.config.data.get('crop_pct', 0.875)
-  for files, images in prepared(paths, model.config.data.image_size, batch, crop_pct, **config_lib.reading(model.config)):
+  how = config_lib.preparation(model.config) | (dict(crop_pct=crop_pct) if crop_pct else {})
+  for files, images in prepared(paths, model.config.data.image_size, batch, **how):
     probabilities = np.asarray(jax.nn.softmax(trained.in_batches(model.logits, images, batch=batch)))
     for file, p in zip(files, probabilities):
       best = np.argsort(-p, kind='stable')[:top]

@@ -54,7 +54,7 @@ class Models:
           f'{what} takes images of {config_lib.image_shape(model.config)[:2]} in {model.grid} patches, the tokenizer of {size[:2]} in '
           f'{first.grid}: they cannot be shown on the same images.'
         )
-    if models.other and preparation(models.other) != preparation(first):
+    if models.other and config_lib.preparation(models.other.config) != config_lib.preparation(first.config):
       raise UserError(
         '--compare was trained on images that are cropped or read in another way (data.crop_pct, channels, value_range): its patches are others.'
       )
@@ -69,11 +69,6 @@ class Models:
   @property
   def tokenizers(self) -> dict[str, trained.Model]:
     return {'a': self.tokenizer} | ({'b': self.other} if self.other else {})
-
-
-def preparation(model: trained.Model) -> dict:
-  """How image files become what the model sees."""
-  return dict(crop_pct=model.config.data.get('crop_pct', 0.875)) | config_lib.reading(model.config)
 
 
 class Images:
@@ -185,9 +180,8 @@ def add(models: Models, out: Path, paths: list[str], batch: int) -> str:
   if look and look.target_is != was['target']:
     raise UserError(f'the explorer in {out} shows {was["target"]}, and now it would be {look.target_is}: make it anew.')
   config = models.tokenizer.config
-  crop_pct, reading = config.data.get('crop_pct', 0.875), config_lib.reading(config)
   first, count = None, 0
-  for names, images in image_files.prepared(image_files.find_images(paths), side, batch, crop_pct, **reading):
+  for names, images in image_files.prepared(image_files.find_images(paths), side, batch, **config_lib.preparation(config)):
     codes = {key: trained.in_batches(model.tokens, images, batch=batch) for key, model in models.tokenizers.items()}
     start = files.add_images(out, [name.name for name in names], images, codes, look)
     first, count = start if first is None else first, count + len(names)

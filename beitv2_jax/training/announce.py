@@ -1,4 +1,5 @@
-"""What a run says of itself when it starts, and leaves in its workdir: sizes, data, devices, kernels, versions."""
+"""What a run says of itself when it starts, and leaves in its workdir: sizes, data, devices, kernels, versions, and what has changed since it
+was started last."""
 
 import importlib.metadata
 import math
@@ -10,6 +11,7 @@ from clu import parameter_overview
 
 from beitv2_jax import __version__, storage
 from beitv2_jax import config as config_lib
+from beitv2_jax.errors import UserError
 from beitv2_jax.kernels import attention, chip, functions
 from beitv2_jax.training import terminal
 from beitv2_jax.training.metrics import Metrics
@@ -77,3 +79,32 @@ def bytes_a_device(layout: StateLayout) -> int:
   """Of the state between steps, on the device that keeps most of it."""
   sizes = jax.tree.map(lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize, layout.abstract, layout.shardings)
   return sum(jax.tree.leaves(sizes))
+
+
+def tokenizer_changes(log: list[dict], now: dict[str, int], config: Any) -> list[str]:
+  """What to tell the user if the tokenizer is not the one that this run had when it was started last."""
+  before = [e['tokenizer'] for e in log if e['event'] == 'started' and 'tokenizer' in e][-1:]
+  if not now or not before or before[0] == now['tokenizer']:
+    return []
+  return [
+    f'warning: the tokenizer in {config.tokenizer_from} has other weights than when this run was last started (was it trained on?), so codes mean '
+    'something else from here on. tokenizer_from=WORKDIR@STEP keeps to one checkpoint.'
+  ]
+
+
+def config_changes(workdir: Any, config: Any) -> list[str]:
+  """What to tell the user about settings that are not those the run began with."""
+  try:
+    former = config_lib.load(workdir)
+  except UserError as e:
+    return [f'warning: {e} It is written again.']
+  before, now = tuple(former.get('class_names') or ()), tuple(config.get('class_names') or ())
+  if before and now and before != now:
+    place = next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))
+    names = ['/'.join(x[place : place + 1]) or 'nothing' for x in (before, now)]
+    raise UserError(
+      f'the run in {workdir} knows other classes, or the same in another order: class {place} was {names[0]}, in {config.data.source} it is {names[1]}. Give '
+      'it the data it began with, or start in another workdir.'
+    )
+  changes = config_lib.changes(former, config)
+  return [f'warning: the run began with another config; {change}' for change in changes]

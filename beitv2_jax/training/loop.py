@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from beitv2_jax import compiler, storage, tasks
 from beitv2_jax import config as config_lib
 from beitv2_jax.data import pipeline, sources
-from beitv2_jax.errors import SaveError, UserError
+from beitv2_jax.errors import SaveError
 from beitv2_jax.reports import draw
 from beitv2_jax.training import announce, evaluate, events, report, sharding, terminal
 from beitv2_jax.training.checkpoint import Checkpoints
@@ -81,7 +81,7 @@ def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
   if restored:
     start, variables, optimizer, notes = restored
     state = TrainState.join(variables, optimizer)
-    notes += config_changes(workdir, config)
+    notes += announce.config_changes(workdir, config)
   else:
     start, notes = 0, []
     state = setup.layout.init(setup.init_key)
@@ -103,7 +103,7 @@ def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
     elif 0 < setup.steps <= start:
       notes.append(f'all steps of this run are done (step {start}); what is left of its end is done now')
     tokenizer = dict(tokenizer=checksums.sample(setup.frozen)) if config.get('tokenizer_from') else {}
-    notes += tokenizer_changes(log, tokenizer, config) if restored else []
+    notes += announce.tokenizer_changes(log, tokenizer, config) if restored else []
     metrics = Metrics(output.folder, start, setup.steps, workdir.name, setup.task.headline, config.get('track', ''), config)
     announce.describe(setup, metrics, start, notes)
     kind = jax.devices()[0].device_kind
@@ -124,35 +124,6 @@ def begin(setup: Setup, about: dict[str, Any], lock: Lock) -> 'Training':
       if note.startswith('warning: '):
         history.warn(start, note)
   return Training(setup, state, start, checkpoints, metrics, output, history, lock)
-
-
-def tokenizer_changes(log: list[dict], now: dict[str, int], config: Any) -> list[str]:
-  """What to tell the user if the tokenizer is not the one that this run had when it was started last."""
-  before = [e['tokenizer'] for e in log if e['event'] == 'started' and 'tokenizer' in e][-1:]
-  if not now or not before or before[0] == now['tokenizer']:
-    return []
-  return [
-    f'warning: the tokenizer in {config.tokenizer_from} has other weights than when this run was last started (was it trained on?), so codes mean '
-    'something else from here on. tokenizer_from=WORKDIR@STEP keeps to one checkpoint.'
-  ]
-
-
-def config_changes(workdir: Any, config: Any) -> list[str]:
-  """What to tell the user about settings that are not those the run began with."""
-  try:
-    former = config_lib.load(workdir)
-  except UserError as e:
-    return [f'warning: {e} It is written again.']
-  before, now = tuple(former.get('class_names') or ()), tuple(config.get('class_names') or ())
-  if before and now and before != now:
-    place = next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), min(len(before), len(now)))
-    names = ['/'.join(x[place : place + 1]) or 'nothing' for x in (before, now)]
-    raise UserError(
-      f'the run in {workdir} knows other classes, or the same in another order: class {place} was {names[0]}, in {config.data.source} it is {names[1]}. Give '
-      'it the data it began with, or start in another workdir.'
-    )
-  changes = config_lib.changes(former, config)
-  return [f'warning: the run began with another config; {change}' for change in changes]
 
 
 def start_from(where: str, task: tasks.Task, state: TrainState, shardings: TrainState) -> TrainState:
