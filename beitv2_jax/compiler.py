@@ -27,13 +27,13 @@ def asked_of_tpus(kind: str) -> list[dict[str, Any]]:
   return asked
 
 
-def options(config: Any, runs_once: bool = False, device: Any = None) -> dict[str, Any] | None:
+def options(config: Any, runs_once: bool = False, device: Any = None, quick: bool = False) -> dict[str, Any] | None:
   """What to ask of XLA, as jax.jit takes it, for this process's devices or for one that is not here: how to work together on TPUs, less
-  work with `quick_compile`, and on CPUs on a program that `runs_once`.
+  work on what is to be `quick` (everything, with `quick_compile`), and on CPUs on a program that `runs_once`.
 
   The programs stay the same, with another rounding here and there.
   """
-  here, device, quick = device is None, device or jax.devices()[0], config.get('quick_compile', False)
+  here, device, quick = device is None, device or jax.devices()[0], quick or config.get('quick_compile', False)
   if device.platform == 'cpu' and quick:
     return dict(xla_backend_optimization_level=0, xla_cpu_use_fusion_emitters=False)
   if device.platform == 'cpu' and runs_once:
@@ -43,6 +43,14 @@ def options(config: Any, runs_once: bool = False, device: Any = None) -> dict[st
     together = taken(device.device_kind) if here else functools.reduce(operator.or_, asked_of_tpus(device.device_kind))
     return level | together
   return None
+
+
+def first_steps(config: Any) -> int:
+  """How many steps of a run are made by a program that is quick to compile, while the fast one is being compiled (training/programs.py)."""
+  if config.get('quick_compile', False):
+    return 0  # they all are, and there is one program only
+  asked = config.get('quick_steps', -1)
+  return asked if asked >= 0 else 10 * (jax.devices()[0].platform == 'tpu')
 
 
 @functools.cache

@@ -147,6 +147,7 @@ SETTINGS: dict[str, Any] = {
   'steps': count(-1, MAX_STEPS),
   'accumulate': count(1),
   'quick_compile': Flag(),
+  'quick_steps': count(-1, MAX_STEPS),
   'log_every': count(1, MAX_STEPS),
   'profile_steps': count(0),
   'samples': count(0, 64),

@@ -1,4 +1,4 @@
-"""What it costs to compile a recipe's initialisation and step, with nothing cached:
+"""What it costs to compile a recipe's initialisation and step (on TPUs also the program of the first steps), with nothing cached:
 
   python benchmarks/compile_time.py --config=configs/beitv2_b16.py                                             for the CPU
   python benchmarks/compile_time.py --topology=v5e:2x2 --config=configs/beitv2_b16.py --config.batch_size=128  for TPUs that are not there
@@ -26,13 +26,14 @@ def main() -> None:
   with mock.patch.object(estimate, 'with_schedules', lambda flags: flags):
     devices = estimate.topology_devices(args.topology) if args.topology else jax.devices()[:1]
   jax.config.update('jax_enable_compilation_cache', False)
-  for part in ('init', 'step'):
+  first_steps = {'first steps': 'step'} if args.topology else {}
+  for name, part in (dict(init='init') | first_steps | dict(step='step')).items():
     begun = time.monotonic(), time.process_time()
     lowered = estimate.lower(config, devices, part)[0]
     traced = time.process_time() - begun[1]
-    lowered.compile(compiler_options=compiler.options(config, runs_once=part == 'init', device=devices[0]))
+    lowered.compile(compiler_options=compiler.options(config, runs_once=part == 'init', device=devices[0], quick=name == 'first steps'))
     clock, cpu = time.monotonic() - begun[0], time.process_time() - begun[1]
-    print(f'{part}: {cpu:.1f} s of CPU, of these {traced:.1f} traced; {clock:.1f} s', flush=True)
+    print(f'{name}: {cpu:.1f} s of CPU, of these {traced:.1f} traced; {clock:.1f} s', flush=True)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ import jax
 from beitv2_jax.training import terminal
 
 NAME = 'events.jsonl'
+OTHER = ('evaluating', 'waiting', 'compiling')  # what takes time after a first step, and is not a step
 
 
 class Events:
@@ -23,7 +24,7 @@ class Events:
 
   def __init__(self, folder: Path, step: int, finished: bool, **about: Any):
     self.path, self.active = folder / NAME, jax.process_index() == 0 and not finished
-    self.spent = dict(evaluating=0.0, waiting=0.0)
+    self.spent = dict.fromkeys(OTHER, 0.0)
     self.first = True
     self.note('started', step, **about)
 
@@ -42,14 +43,15 @@ class Events:
     self.spent['waiting'] += waited
     if self.first:
       self.first = False
-      self.spent = dict(evaluating=0.0, waiting=0.0)
+      self.spent = dict.fromkeys(OTHER, 0.0)
       self.note('first step', step)
 
   @contextlib.contextmanager
-  def evaluating(self):
+  def spending(self, on: str):
+    """What is done inside takes time that does not go into steps: one of OTHER."""
     began = time.monotonic()
     yield
-    self.spent['evaluating'] += time.monotonic() - began
+    self.spent[on] += time.monotonic() - began
 
 
 def read(workdir: Any) -> list[dict]:
@@ -86,6 +88,6 @@ def goodput(events: list[dict]) -> dict[str, float]:
     kept = events[end]['step'] if end < len(events) else attempt[-1]['step']  # where the next start went on from
     last = next((e for e in reversed(attempt) if e['step'] <= kept and e['event'] in ('saved', 'stopped', 'finished')), None)
     if first and last and last['time'] > first['time']:
-      counted += max(0.0, last['time'] - first['time'] - last.get('evaluating', 0.0) - last.get('waiting', 0.0))
+      counted += max(0.0, last['time'] - first['time'] - sum(last.get(other, 0.0) for other in OTHER))
   seconds = events[-1]['time'] - events[0]['time']
   return dict(seconds=seconds, counted=counted, starts=len(starts), goodput=100 * counted / max(seconds, 1e-9))

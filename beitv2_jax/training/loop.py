@@ -20,7 +20,7 @@ from beitv2_jax import config as config_lib
 from beitv2_jax.data import pipeline, sources
 from beitv2_jax.errors import SaveError
 from beitv2_jax.reports import draw
-from beitv2_jax.training import announce, evaluate, events, report, sharding, terminal
+from beitv2_jax.training import announce, evaluate, events, programs, report, sharding, terminal
 from beitv2_jax.training.checkpoint import Checkpoints
 from beitv2_jax.training.events import Events
 from beitv2_jax.training.interruptions import Interrupted, Signals
@@ -164,7 +164,8 @@ class Training:
     )
     train_step = make_train_step(setup.task, setup.optimizer, setup.schedule, config.accumulate, layout)
     options, everywhere = compiler.options(config), sharding.replicated(mesh)
-    self.train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout.shardings, everywhere), compiler_options=options)
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(layout.shardings, everywhere), compiler_options=options)
+    self.train_step = programs.TrainStep(jitted, config, setup.steps, metrics.say)
     self.eval_step = evaluate.make_eval_step(setup.task, mesh, options)
     self.sample_step = jax.jit(setup.task.samples, out_shardings=everywhere, compiler_options=options)
     self.sampled: dict | None = None  # the evaluation images that the report shows
@@ -274,12 +275,19 @@ class Training:
 
   def dispatch(self, batch: Any) -> None:
     """Sends a step to the devices, then reports the one before, which is done by now or soon."""
+    if self.train_step.must_wait(self.step):
+      self.report()
+      self.metrics.say(f'after step {self.step}: waiting for the faster program, which makes all other steps (compiling)')
+      with self.events.spending('compiling'):
+        self.train_step.wait()
+      self.metrics.restart_clock(self.step)
     self.found_idle.append(self.pending is not None and self.pending[1]['loss'].is_ready())
     with jax.transfer_guard('disallow'):
-      self.state, values = self.train_step(self.state, self.frozen, batch, self.setup.step_key)
+      self.state, values = self.train_step(self.step, self.state, self.frozen, batch, self.setup.step_key)
     self.step += 1
-    with writing(self.setup.workdir, self.checkpoints):
-      self.profile.step(values)
+    if self.step > self.train_step.first_steps:  # by the program that makes nearly all of them
+      with writing(self.setup.workdir, self.checkpoints):
+        self.profile.step(values)
     self.report()
     self.pending = (self.step, values, self.waited)
 
@@ -332,7 +340,7 @@ class Training:
     rows = pipeline.eval_batches(setup.sources['eval'], setup.transforms['eval'], batch=batch, **self._share())
     model_state = {k: v for k, v in variables.items() if k != 'params'}
     arguments = (variables['params'], model_state, self.frozen)
-    with self.events.evaluating():
+    with self.events.spending('evaluating'):
       results = evaluate.run(setup.task, self.eval_step, arguments, self.until_asked_to_stop(rows), setup.mesh)
       self.draw_samples(arguments)
     self.write(self.step, 'eval', results)

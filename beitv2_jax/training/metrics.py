@@ -59,6 +59,11 @@ class Metrics:
       self.bar.set_postfix_str('  '.join(shown), refresh=False)
       self.bar.update(step - self.bar.n)
 
+  def restart_clock(self, step: int) -> None:
+    """What came before `step` does not count for the next rate."""
+    if self.active:
+      self.clock = (step, time.monotonic())
+
   def rate(self, step: int) -> float:
     """Steps per second since the last call."""
     if not self.active:
