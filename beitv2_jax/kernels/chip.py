@@ -31,9 +31,9 @@ def kind() -> str:
   return '' if mesh.empty else mesh.abstract_device.device_kind
 
 
-def has_erf() -> bool:
-  """Whether erf is one instruction here: on TPUs from v6e on."""
-  return platform() == 'tpu' and not kind().startswith(('TPU v2', 'TPU v3', 'TPU v4', 'TPU v5'))
+def erf_is_cheap() -> bool:
+  """Whether erf costs no more than tanh here: on v6e, which has an instruction for it. So has tpu7x, where tanh costs less."""
+  return kind().startswith('TPU v6')
 
 
 def rounded_products() -> bool:
