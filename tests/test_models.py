@@ -14,7 +14,8 @@ import pytest
 from beitv2_jax.kernels import attention, functions, norm_gpu
 from beitv2_jax.models import layers, vit
 from beitv2_jax.models.classifier import Classifier
-from beitv2_jax.models.layers import Execution
+from beitv2_jax.models.images import normalize, unit_images
+from beitv2_jax.models.layers import Execution, cut_pixels
 from beitv2_jax.models.mim import MIM, code_loss, mask_from_index
 from beitv2_jax.models.upernet import Segmenter, convolve, resample
 from beitv2_jax.models.vqkd import VQKD
@@ -320,6 +321,20 @@ def test_codes_of_some_patches():
   codes = model.apply(variables, images, method='tokens')
   np.testing.assert_array_equal(model.apply(variables, images, index, method='tokens'), jnp.take_along_axis(codes, index, 1))
   assert len(np.unique(codes)) > 2
+
+
+@pytest.mark.parametrize('grid, mean', [((3, 4), (0.5, 0.4, 0.3)), ((6, 6), (0.1, 0.2, 0.3, 0.4))])
+def test_patches_cut_beforehand_are_what_images_are(grid, mean):
+  shape = (2, 8 * grid[0], 8 * grid[1], len(mean))
+  images = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape), jnp.uint8)
+  model = vit.ViT(16, 1, 2, 8, (3, 4))  # the second of the two grids is not its own
+  variables = nn.unbox(model.init_with_output(jax.random.key(1), jnp.zeros((2, 24, 32, len(mean))))[1])
+  seen = lambda x: normalize(unit_images(x), mean, (0.2,) * len(mean))
+  cut = cut_pixels(images, 8)
+  assert cut.shape == (2, *grid, 8 * 8 * len(mean)) and cut.dtype == jnp.uint8
+  loss = lambda variables, x: jnp.sin(model.apply(variables, x)[0]).sum()
+  ours, theirs = (jax.jit(jax.value_and_grad(loss))(variables, seen(x)) for x in (cut, images))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
 
 
 def convolve_as_published(x, kernel, *more):

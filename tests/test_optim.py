@@ -146,3 +146,9 @@ def test_the_first_moment_in_bf16_follows_the_exact_one():
     paths.append(np.stack(updates))
   np.testing.assert_allclose(paths[1], paths[0], atol=0.02)
   assert np.abs(paths[1] - paths[0]).max() > 0
+
+
+def test_the_norm_of_all_arrays():
+  rng = np.random.default_rng(0)
+  tree = {str(i): jnp.asarray(rng.normal(size=shape), jnp.float32) for i, shape in enumerate([(3, 4), (4, 3), (3, 4), (5,), (5,), (), ()])}
+  np.testing.assert_allclose(optim.global_norm(tree), optax.global_norm(tree), rtol=1e-6)

@@ -53,7 +53,7 @@ def cubic_weights(source: int, target: int, scale: float) -> np.ndarray:
 class ViT(nn.Module):
   """Images (or a feature map) → tokens.
 
-  Call: images [B, h, w, C] float, already normalised; `mask` [B, N] bool puts the mask token in place of patches.
+  Call: images [B, h, w, C] float, already normalised, or patches of them (layers.cut_pixels); `mask` [B, N] bool puts the mask token in place of patches.
   Returns `(tokens [B, T, D], states, bias)`: the last block's raw output (no norm), the raw outputs of the blocks
   named in `taps` (1 is the first block), and the shared position bias [H, T, T] or None. With `rows` [B, R] the last block makes
   only those tokens, [B, R, D], and cannot be among the taps.
@@ -76,12 +76,13 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(self, images, mask=None, taps: tuple[int, ...] = (), train: bool = False, rows=None):
-    here = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
+    x = PatchEmbed(self.width, self.patch_size, self.init, self.dtype, name='patch_embed')(images)
+    here = x.shape[1:3]
     if here != self.grid and self.rel_pos != 'none':
       raise ValueError(f'this model has relative positions for a {self.grid} grid; the image gives {here}. Resize the image or the tables.')
     if rows is not None and self.depth in taps:
       raise ValueError(f'block {self.depth} of {self.depth} makes only the tokens of `rows`; it cannot be tapped.')
-    x = PatchEmbed(self.width, self.patch_size, self.init, self.dtype, name='patch_embed')(images)
+    x = x.reshape(len(x), -1, self.width)
     token = nn.with_logical_partitioning(self.init.token, (None, None, 'embed'))
     if self.mask_token:
       mask_token = self.param('mask_token', token, (1, 1, self.width)).astype(self.dtype)

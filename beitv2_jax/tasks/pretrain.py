@@ -13,6 +13,7 @@ from beitv2_jax.data.transforms import image_transforms
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import from_config
 from beitv2_jax.models.images import network_images, vqkd_images
+from beitv2_jax.models.layers import cut_pixels
 from beitv2_jax.models.mim import MIM, mask_from_index
 from beitv2_jax.models.vqkd import VQKD
 from beitv2_jax.tasks import tokenizer
@@ -68,7 +69,7 @@ class PretrainTask(Task):
   def _forward(self, params, frozen, batch, **kwargs):
     """Per branch: cross-entropy [B, M] and whether the code was right [B, M]."""
     images = augment.color_jitter(batch['image'], batch['jitter'], batch['jitter_order']) if 'jitter' in batch else batch['image']
-    index = batch['mask_index']
+    images, index = cut_pixels(images, self.config.model.patch_size), batch['mask_index']
     if 'codes' in batch:  # made beforehand or, in costs/estimate.py, to look at the student alone
       labels = jnp.take_along_axis(batch['codes'], index, 1)
     else:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from beitv2_jax.tasks.base import Task
+from beitv2_jax.training import optim
 from beitv2_jax.training.train_state import StateLayout, TrainState
 
 
@@ -48,7 +49,7 @@ def make_train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     model_state, update_metrics = task.update(state.model_state, stats, update_key, params)
-    metrics = metrics | update_metrics | dict(grad_norm=optax.global_norm(grads), lr=schedule(state.step))
+    metrics = metrics | update_metrics | dict(grad_norm=optim.global_norm(grads), lr=schedule(state.step))
     return TrainState(state.step + 1, params, model_state, opt_state), metrics
 
   return step
