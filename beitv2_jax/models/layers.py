@@ -141,7 +141,7 @@ class PatchEmbed(nn.Module):
   @nn.compact
   def __call__(self, images):
     p = self.patch
-    c = self.get_variable('params', 'kernel').shape[2] if self.has_variable('params', 'kernel') else images.shape[3]
+    c = nn.unbox(self.get_variable('params', 'kernel')).shape[2] if self.has_variable('params', 'kernel') else images.shape[3]
     weight, bias = self.init.patch(p * p * c)
     kernel = self.param('kernel', nn.with_logical_partitioning(weight, (None, None, None, 'embed')), (p, p, c, self.width))
     bias = self.param('bias', bias, (self.width,))
