@@ -95,7 +95,7 @@ def base(task: str) -> ConfigDict:
     )
   )
   config.checkpoint = ConfigDict(dict(every=2500, keep=2, keep_every=0))  # in steps; keep_every=0: only the last `keep`
-  config.quick_compile = False  # compile in half the time what then runs slower: for trying things out, on CPUs and TPUs
+  config.quick_compile = False  # compile in half the time (on TPUs in a fifth) what then runs slower: for trying things out
   config.quick_steps = -1  # only a run's first steps that way, while the fast program is compiled; -1: 10 on TPUs, 0 elsewhere
   config.log_every = 50
   config.samples = 8  # evaluation images that report.html shows with what the model makes of them; 0: none

@@ -92,8 +92,10 @@ def _stop_at_once(*_) -> None:
 
 
 def end(code: int) -> None:
-  """Ends the process. One that failed does not wait for threads that write to a full disk or wait for a lost host."""
-  if code == 1:
+  """Ends the process. One that failed does not wait for threads that write to a full disk or wait for a lost host, and one that was stopped
+  and has saved does not wait for a program that is still being compiled. With several processes it does: they part together."""
+  jax = sys.modules.get('jax')
+  if code == 1 or code in (130, 143) and (jax is None or jax.process_count() == 1):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

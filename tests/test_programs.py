@@ -1,5 +1,6 @@
 """The two programs of a training step: which of them makes which step, and that neither a stop nor the time it takes to compile changes a run."""
 
+import signal
 import threading
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from beitv2_jax import compiler
+from beitv2_jax.errors import UserError
 from beitv2_jax.training import checkpoint, events, loop, metrics, programs
 from tests.conftest import smoke
 
@@ -33,6 +35,9 @@ class Compiled:
   def __call__(self, x):
     return ('plain', x)
 
+  def clear_cache(self):
+    self.log.append('cleared')
+
 
 def made(jitted, steps=9, said=None, **settings):
   return programs.TrainStep(jitted, ConfigDict(settings), steps, (said if said is not None else []).append)
@@ -43,10 +48,12 @@ def test_the_number_of_a_step_alone_says_which_program_makes_it():
   step = made(jitted, quick_steps=3)
   assert [step(i, i) for i in (0, 1, 2)] == [('quick', 0), ('quick', 1), ('quick', 2)]
   assert not step.must_wait(2) and step.must_wait(3)
+  step.wait(0.01)
+  assert step.must_wait(3)
   jitted.gate.set()
-  step.wait()
+  step.wait(10)
   assert not step.must_wait(3) and [step(i, i) for i in (3, 4)] == [('fast', 3), ('fast', 4)]
-  assert jitted.log == ['quick', 'fast']
+  assert jitted.log == ['quick', 'fast', 'cleared']
 
 
 def test_a_run_that_goes_on_later_compiles_one_program():
@@ -95,7 +102,35 @@ def test_real_programs_agree_and_free_what_is_donated():
   for number in range(4):
     given, (state, total) = state, step(number, state, jnp.ones(8))
     assert given.is_deleted() and float(total) == 16 * number
-  assert step.quick is None
+  programs_of = [x for x in jax.devices()[0].client.live_executables() if x.hlo_modules()[0].name == 'jit_double']
+  assert len(programs_of) == 1  # the quick one is not kept
+
+
+def test_with_several_processes_none_goes_on_with_another_program_than_the_others(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(UserError, match='quick_steps=0.*it does not fit'):
+    made(Compiled(fail='quick'), quick_steps=3)(0, 0)
+
+
+def test_a_signal_stops_a_run_that_waits_for_its_program(tmp_path, monkeypatch):
+  gate, waits = threading.Event(), []
+
+  def compile_later(self, *args):
+    gate.wait(60)
+    return compile_now(self, *args)
+
+  def signalled(self, seconds):
+    waits.append(seconds)
+    signal.raise_signal(signal.SIGTERM)
+
+  compile_now = jax.stages.Lowered.compile
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', lambda self, *args, **kw: compile_now(self, **kw) if kw else compile_later(self))
+  monkeypatch.setattr(programs.TrainStep, 'wait', signalled)
+  with pytest.raises(SystemExit) as stop:
+    loop.run(smoke('tokenizer', quick_compile=False, quick_steps=2), tmp_path)
+  gate.set()
+  assert stop.value.code == 128 + signal.SIGTERM and len(waits) == 1
+  assert [(e['event'], e['step']) for e in events.read(tmp_path)[-2:]] == [('saved', 2), ('stopped', 2)]
 
 
 def test_a_run_stopped_among_its_first_steps_goes_on_to_the_same_figures(tmp_path, monkeypatch):

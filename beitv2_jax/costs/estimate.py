@@ -23,6 +23,7 @@ from beitv2_jax.costs import hlo, operations, schedules
 from beitv2_jax.errors import UserError
 from beitv2_jax.models import flops
 from beitv2_jax.models.images import vqkd_images
+from beitv2_jax.models.layers import cut_pixels
 from beitv2_jax.training import optim, sharding
 from beitv2_jax.training.train_state import TrainState, state_layout
 from beitv2_jax.training.train_step import make_train_step
@@ -128,7 +129,8 @@ def trace(config: Any, devices: list, part: str) -> tuple[Any, Any, Any]:
       return layout.init.trace(key), mesh, state
     if part == 'frozen':
       tokenizer: Any = task.tokenizer  # ty: ignore[missing-attribute]
-      codes = jax.jit(lambda frozen, image, index: tokenizer.apply(frozen, vqkd_images(image), index, method='tokens'))
+      size = config.model.patch_size
+      codes = jax.jit(lambda frozen, image, index: tokenizer.apply(frozen, vqkd_images(cut_pixels(image, size)), index, method='tokens'))
       return codes.trace(frozen, batch['image'], batch['mask_index']), mesh, TrainState(state.step, frozen, {}, {})
     step = make_train_step(task, optimizer, schedule, config.accumulate, layout)
     step = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, everywhere))

@@ -22,6 +22,8 @@ def vqkd_images(images: jax.Array) -> jax.Array:
 
 def normalize(images: jax.Array, mean, std) -> jax.Array:
   """[..., C] in [0, 1], or patches [..., p*p*C], → zero mean and unit variance under the given statistics of C channels."""
+  if images.shape[-1] % len(mean):
+    raise ValueError(f'statistics of {len(mean)} channels for images of {images.shape[-1]}.')
   mean, std = (np.tile(np.asarray(v, images.dtype), images.shape[-1] // len(v)) for v in (mean, std))
   return (images - mean) / std
 

@@ -151,6 +151,8 @@ class PatchEmbed(nn.Module):
     else:
       # What makes floats of pixels stays apart from cutting them up: together they take five times as long in a loop over micro-batches on
       # v5e (compiler estimate).
+      if x.shape[1] % p or x.shape[2] % p:
+        raise ValueError(f'images of {x.shape[1]} x {x.shape[2]} px do not divide into patches of {p} px. Resize them.')
       grid, rows = (x.shape[1] // p, x.shape[2] // p), patches(chip.kept_apart(x), p)
     # So does what uses the patches: the kernel's gradient would be a product over six axes, which takes long to compile.
     x = add_bias(jnp.dot(chip.kept_apart(rows), kernel.astype(self.dtype).reshape(-1, self.width)), bias)

@@ -135,7 +135,7 @@ class MIM(nn.Module):
     return branches[0], {k: states[k] for k in taps if k in states}, branches
 
   def __call__(self, images, mask=None, index=None, labels=None, train: bool = False):
-    """Normalised images [B, h, w, 3] → logits, one array a branch: [branches, B, M, K]; or their loss.
+    """Normalised images [B, h, w, 3], or patches of them (layers.cut_pixels), → logits, one array a branch: [branches, B, M, K]; or their loss.
 
     Args:
       mask: [B, N] bool, patches to hide. Derived from `index` when only that is given.

@@ -99,7 +99,7 @@ class VQKD(nn.Module):
     return self.decode_head(self.decoder(x)).astype(jnp.float32)
 
   def tokens(self, images, index=None):
-    """[B, h, w, 3] in [-1, 1] → codes [B, N], row by row; [B, M] of the patches `index` if given."""
+    """[B, h, w, 3] in [-1, 1], or patches of it (layers.cut_pixels), → codes [B, N], row by row; [B, M] of the patches `index` if given."""
     return self.quantizer(self.encode(images, index))[1]
 
   def __call__(self, images):

@@ -275,12 +275,8 @@ class Training:
 
   def dispatch(self, batch: Any) -> None:
     """Sends a step to the devices, then reports the one before, which is done by now or soon."""
-    if self.train_step.must_wait(self.step):
-      self.report()
-      self.metrics.say(f'after step {self.step}: waiting for the faster program, which makes all other steps (compiling)')
-      with self.events.spending('compiling'):
-        self.train_step.wait()
-      self.metrics.restart_clock(self.step)
+    if 0 < self.step == self.train_step.first_steps:
+      self.await_program()
     self.found_idle.append(self.pending is not None and self.pending[1]['loss'].is_ready())
     with jax.transfer_guard('disallow'):
       self.state, values = self.train_step(self.step, self.state, self.frozen, batch, self.setup.step_key)
@@ -290,6 +286,18 @@ class Training:
         self.profile.step(values)
     self.report()
     self.pending = (self.step, values, self.waited)
+
+  def await_program(self) -> None:
+    """The first steps are done, and the program of all others may not be compiled yet. A signal stops the run as after a step."""
+    if self.train_step.must_wait(self.step):
+      self.report()
+      self.metrics.say(f'after step {self.step}: waiting for the faster program, which makes all other steps (compiling)')
+    with self.events.spending('compiling'):
+      while self.train_step.must_wait(self.step):
+        self.train_step.wait(seconds=1)
+        if self.signals.received and jax.process_count() == 1:
+          self.stop()
+    self.metrics.restart_clock(self.step)
 
   def report(self) -> None:
     """Checks and logs the pending step's metrics. A step late, so that the device never waits for it."""
