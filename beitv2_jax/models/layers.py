@@ -154,7 +154,7 @@ class PatchEmbed(nn.Module):
       if x.shape[1] % p or x.shape[2] % p:
         raise ValueError(f'images of {x.shape[1]} x {x.shape[2]} px do not divide into patches of {p} px. Resize them.')
       grid, rows = (x.shape[1] // p, x.shape[2] // p), patches(chip.kept_apart(x), p)
-    # So does what uses the patches: the kernel's gradient would be a product over six axes, which takes long to compile.
+    # What uses the patches stays apart, too, or the kernel's gradient would be a product over six axes, which takes long to compile.
     x = add_bias(jnp.dot(chip.kept_apart(rows), kernel.astype(self.dtype).reshape(-1, self.width)), bias)
     return x.reshape(len(x), *grid, self.width)
 
